@@ -1,0 +1,217 @@
+"""The network: a transformer that sees the whole text at once, in both directions.
+
+    tokens (B,T) -> embedding -> n_layer x [attention, MLP] -> RMSNorm -> head -> logits
+
+It differs from GPT in one line, the attention mask: a token looks at all others, not only at earlier
+ones. `causal=True` puts that line back, so the same file is also the autoregressive twin.
+
+Of the modern recipe it takes what was measured to help (docs/recipe.md): rotary positions,
+normalised queries and keys, parameter-free RMSNorm, ReLU^2, no biases, output projections that start
+at zero (every block begins as the identity, and the first loss is exactly ln V).
+
+Letters used everywhere: B rows, T tokens, C channels, H heads, D = C/H, V vocabulary, P predictions.
+"""
+
+import hashlib
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the network. `vocab_size` counts real tokens; the mask token comes on top."""
+
+    vocab_size: int  # 257 for bytes + end-of-text, 50257 for GPT-2
+    context_length: int  # the longest text it can see, in tokens
+    n_layer: int  # 4 on a laptop, 12 for GPT-2
+    n_head: int  # C/64 is a good default
+    n_embd: int  # C: 192 on a laptop, 768 for GPT-2
+    causal: bool = False  # True: attention looks left only, as GPT does
+
+    def __post_init__(self):
+        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % (2 * self.n_head):  # rotary positions turn pairs of channels
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}")
+
+    @property
+    def mask_id(self) -> int:
+        """The mask token: one more *input* than the vocabulary has, never an output."""
+        return self.vocab_size
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm without parameters: x / sqrt(mean(x^2)), over the channels."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def round_up(n: int, multiple: int = 64) -> int:
+    """Matrix units like multiples of 64; the extra rows are never addressed or shown."""
+    return (n + multiple - 1) // multiple * multiple
+
+
+def rotary_table(length: int, dim: int) -> Tensor:
+    """(2, T, D/2): cosine and sine of position * frequency, frequencies from 1 down to 1/10000."""
+    frequency = 10000.0 ** -(torch.arange(0, dim, 2) / dim)
+    angle = torch.arange(length)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn each channel pair by its position's angle, so that q.k depends on distance (arXiv:2104.09864)."""
+    cos, sin = rotary.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)  # (B,H,T,D/2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_head, self.causal = config.n_head, config.causal
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # one product for all three
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B,H,T,D)
+        q, k = rotate(norm(q), rotary), rotate(norm(k), rotary)  # |q| = |k|: attention cannot saturate
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        x = x + self.attention(norm(x), rotary)
+        return x + self.down(F.relu(self.up(norm(x))).square())
+
+
+class Transformer(nn.Module):
+    """model(tokens) -> logits (B,T,V);  model(tokens, positions) -> logits (P,V)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(round_up(config.vocab_size + 1), config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.head = nn.Linear(config.n_embd, round_up(config.vocab_size), bias=False)
+        rotary = rotary_table(config.context_length, config.n_embd // config.n_head)
+        self.register_buffer("rotary", rotary, persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in self.blocks:
+            for matrix in (block.attention.qkv, block.up):
+                nn.init.normal_(matrix.weight, std=matrix.in_features**-0.5)
+            for matrix in (block.attention.proj, block.down):
+                nn.init.zeros_(matrix.weight)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits of the V real tokens, for every place or only for some.
+
+        tokens: (B,T) int64, the mask token being `config.mask_id`; T at most `context_length`.
+        positions: (P,) flat places b*T + t. The head is about a third of GPT-2's work, and a masked
+            model learns only from hidden places: asking for just those halves that third.
+        """
+        T = tokens.size(1)
+        if T > self.config.context_length:
+            raise ValueError(f"{T} tokens are more than the context length {self.config.context_length}")
+        x = norm(self.embedding(tokens))
+        for block in self.blocks:
+            x = block(x, self.rotary[:, :T])
+        x = norm(x)  # (B,T,C)
+        if positions is not None:
+            x = x.flatten(0, 1)[positions]  # (P,C)
+        # Neither the mask token nor the padding has an output: what is not there cannot be sampled.
+        return self.head(x)[..., : self.config.vocab_size]
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_token(config: ModelConfig, predicted_share: float = 1.0) -> float:
+    """Floating-point operations of one training step, per token of the batch.
+
+    A matrix entry costs 2 per token forward and 4 backward. The blocks have 12 L C^2 entries, the head
+    C V, used at `predicted_share` = P / (B T) of the places. Attention multiplies T x T twice: 4 C T per
+    layer forward, 12 L C T in all; causal attention is not discounted.
+    """
+    L, C, T, V = config.n_layer, config.n_embd, config.context_length, config.vocab_size
+    return 6 * (12 * L * C**2 + predicted_share * C * V) + 12 * L * C * T
+
+
+def optimizer_groups(model: Transformer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices, tables): the 2-D weights inside the blocks, for Muon; embedding and head, for AdamW."""
+    matrices = list(model.blocks.parameters())
+    return matrices, [model.embedding.weight, model.head.weight]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints. A folder holds config.json, log.jsonl, state.pt (all that resuming reads) and model.pt
+# (the best averaged weights, all that sampling reads). train.py writes them; reading is here.
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, damaged or foreign; the message is one line for the user."""
+
+
+def digest(tensors: dict[str, Tensor], info: str) -> str:
+    """SHA-256 over info, names, types, shapes and bytes: torch.load alone lets most flipped bits through."""
+    sha = hashlib.sha256(info.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def read_checkpoint_file(path: Path) -> dict:
+    """A file train.py wrote, verified: {"tensors": {name: tensor}, "info": {...}, "digest": ...}."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)  # never runs code of the file
+        intact = digest(content["tensors"], content["info"]) == content["digest"]
+        content["info"] = json.loads(content["info"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; train a model first, or check --checkpoint") from None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
+            pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from None
+    if not intact:
+        raise CheckpointError(f"{path} is damaged: its tensors do not match their digest")
+    return content
+
+
+def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict]:
+    """The trained network of a checkpoint folder, in evaluation mode, and what is known about it.
+
+    Returns (model, info); info holds "model" (the ModelConfig as a dict), "config" (the training run's),
+    "tokenizer", "step", "curve" and the "evaluation" figures. The weights are the averaged (EMA) ones.
+    Raises CheckpointError with one line when the folder is missing, damaged or from something else.
+    """
+    path = Path(folder) / "model.pt"
+    content = read_checkpoint_file(path)
+    try:
+        model = Transformer(ModelConfig(**content["info"]["model"]))
+        model.load_state_dict(content["tensors"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit this model.py: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval(), content["info"]
+

