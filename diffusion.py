@@ -1,16 +1,17 @@
 """Masked diffusion: how text is noised, what the network is asked, what that proves, how it writes.
 
-Forward:   `corrupt` hides exactly m tokens of a row, m drawn from 1..N.            (section 1, 2)
-Learning:  `loss` is a weighted cross-entropy at the hidden places.                 (section 2)
-Measuring: `nelbo` is the bound on the negative log-likelihood, with error bars.    (section 3)
-Writing:   `denoise` starts from hidden places and commits some tokens each step.   (section 4, 5)
+    1  how many tokens to hide     draw_num_masked
+    2  what the network is asked   corrupt, loss
+    3  what the network knows      nelbo: a bound on the negative log-likelihood, with error bars
+    4  schedules                   hidden_counts: how many tokens stay hidden after each step
+    5  the sampling loop           denoise: start from hidden places, commit some tokens each step
 
 The network is passed in: any callable with model(tokens) -> (B,T,V) and model(tokens, positions) -> (P,V)
 will do, a table of probabilities included, which is how the tests compare all this with exact answers.
 
 Names: x_0 clean tokens (B,T); x_t noised tokens; mask (B,T) bool, True = hidden; N maskable tokens of a
-row; m how many of them are hidden; t = m/N the mask ratio; CE(m) the mean cross-entropy over the
-hidden tokens when m are hidden, in nats.
+row; m how many of them are hidden; t = m/N the mask ratio; CE(m) the mean cross-entropy over the hidden
+tokens when m are hidden, in nats.
 """
 
 import math
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Model = Callable[..., Tensor]
+MaskRatio = str | Callable[[Tensor], Tensor]  # a name in MASK_RATIOS, or a CDF on [0,1]
 
 
 def keyed_generator(seed: int, step: int, purpose: str) -> torch.Generator:
@@ -36,8 +38,7 @@ def keyed_generator(seed: int, step: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
 
-# ---------------------------------------------------------------------------------------------------
-# 1. How many tokens to hide
+# --- 1. How many tokens to hide -------------------------------------------------------------------
 
 # A distribution of the training mask ratio is its CDF on [0,1]. To try your own, add a line.
 MASK_RATIOS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,8 +48,8 @@ MASK_RATIOS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def level_probabilities(levels: int, mask_ratio: str | Callable[[Tensor], Tensor] = "uniform") -> Tensor:
-    """(levels,) float64: how often level k of 1..levels is drawn, the CDF's increase over ((k-1)/L, k/L]."""
+def level_probabilities(levels: int, mask_ratio: MaskRatio) -> Tensor:
+    """q(k), (levels,) float64: how often level k of 1..L is drawn, the CDF's rise from (k-1)/L to k/L."""
     if isinstance(mask_ratio, str):
         if mask_ratio not in MASK_RATIOS:
             raise ValueError(f"mask_ratio {mask_ratio!r} is unknown; known: {', '.join(MASK_RATIOS)}")
@@ -56,34 +57,33 @@ def level_probabilities(levels: int, mask_ratio: str | Callable[[Tensor], Tensor
     return mask_ratio(torch.linspace(0, 1, levels + 1, dtype=torch.float64)).diff()
 
 
-def draw_num_masked(
-    batch: int,
-    N: int,
-    generator: torch.Generator | None = None,
-    mask_levels: int = 0,
-    mask_ratio: str | Callable[[Tensor], Tensor] = "uniform",
-) -> Tensor:
+def is_symmetric(q: Tensor) -> bool:
+    """Whether level k is as likely as level L+1-k: then pairing rows changes no level's frequency."""
+    return torch.allclose(q, q.flip(0))
+
+
+def draw_num_masked(batch: int, N: int, generator: torch.Generator | None = None, mask_levels: int = 0,
+                    mask_ratio: MaskRatio = "uniform") -> Tensor:
     """How many tokens to hide in each row of the *global* batch: (batch,) int64, values in 1..N.
 
-    The unit interval is cut into as many strata as there are draws, all sharing one random offset, so
-    a batch always covers all levels evenly. Draw u picks the level k with CDF((k-1)/L) <= u < CDF(k/L),
+    The unit interval is cut into as many strata as there are draws, all sharing one random offset, so a
+    batch always covers all levels evenly. Draw u picks the level k with CDF((k-1)/L) <= u < CDF(k/L),
     where L = `mask_levels`, or N when that is 0; level k hides m = round(kN/L) tokens.
 
-    Rows come in antithetic pairs: 2j hides m and 2j+1 hides N + round(N/L) - m (for L = N that is
-    N+1-m). Both are spread alike if the distribution is symmetric, and a pair always hides the same
-    total: the work per batch is one constant. An asymmetric distribution gets no pairs.
+    Rows come in antithetic pairs: row 2j hides m and row 2j+1 hides N + round(N/L) - m (for L = N that is
+    N+1-m). Either way all levels are drawn alike, and a pair always hides the same total: the work per
+    batch is one constant. An asymmetric distribution has no pairs.
     """
-    levels = mask_levels or N
+    L = mask_levels or N
     if N < 1 or not 0 <= mask_levels <= N:
-        raise ValueError(f"cannot hide {N} tokens of a row at {mask_levels} levels")
-    probability = level_probabilities(levels, mask_ratio)
-    paired = torch.allclose(probability, probability.flip(0))
-    strata = (batch + 1) // 2 if paired else batch
+        raise ValueError(f"cannot hide tokens of {N} at {mask_levels} levels")
+    q = level_probabilities(L, mask_ratio)
+    strata = (batch + 1) // 2 if is_symmetric(q) else batch
     u = (torch.rand((), generator=generator, dtype=torch.float64) + torch.arange(strata) / strata) % 1
-    k = torch.searchsorted(probability.cumsum(0), u, right=True).clamp(max=levels - 1) + 1  # (strata,)
-    m = (k * N / levels).round().long()
-    if paired:
-        m = torch.stack([m, N + round(N / levels) - m], dim=1).flatten()[:batch]
+    k = torch.searchsorted(q.cumsum(0), u, right=True).clamp(max=L - 1) + 1  # (strata,)
+    m = (k * N / L).round().long()
+    if is_symmetric(q):
+        m = torch.stack([m, N + round(N / L) - m], dim=1).flatten()[:batch]
     return m
 
 
@@ -95,8 +95,10 @@ def draw_mask(num_masked: Tensor, T: int, prefix_length: int, generator: torch.G
     return torch.zeros(B, T, dtype=torch.bool).scatter_(1, shuffled, chosen)
 
 
-# ---------------------------------------------------------------------------------------------------
-# 2. What the network is asked: one form for three objectives
+# --- 2. What the network is asked: one form for three objectives ----------------------------------
+
+OBJECTIVES = ("diffusion", "mlm", "autoregressive")
+WEIGHTINGS = ("nelbo", "row", "token")
 
 
 class Batch(NamedTuple):
@@ -122,86 +124,83 @@ class Batch(NamedTuple):
         return Batch(*(field.to(device, non_blocking=True) for field in self))
 
 
-def corrupt(
-    x_0: Tensor,
-    mask_id: int,
-    generator: torch.Generator | None = None,
-    objective: str = "diffusion",
-    mask_levels: int = 0,
-    mask_ratio: str | Callable[[Tensor], Tensor] = "uniform",
-    weighting: str = "nelbo",
-    prefix_length: int = 0,
-    prefix_length_max: int | None = None,
-    mlm_ratio: float = 0.15,
-) -> Batch:
+def corrupt(x_0: Tensor, mask_id: int, generator: torch.Generator | None = None, objective: str = "diffusion",
+            mask_levels: int = 0, mask_ratio: MaskRatio = "uniform", weighting: str = "nelbo",
+            prefix_length: int = 0, prefix_length_max: int | None = None, mlm_ratio: float = 0.15) -> Batch:
     """Turn the clean tokens of the *global* batch, (B,T) on the CPU, into a training question.
 
-    objective:  "diffusion"       hide m tokens, m drawn anew for each row (`draw_num_masked`)
+    objective   "diffusion"       hide m tokens, m drawn anew for each row (`draw_num_masked`)
                 "mlm"             hide the fixed share `mlm_ratio`: BERT, which cannot generate
-                "autoregressive"  inputs [mask_id, x_0[:-1]], predict x_0: GPT; needs a causal network
-    weighting:  "nelbo"  w = 1 / (B L q(k) m): the loss estimates the NELBO whatever q the levels are drawn
-                         from, as long as q > 0 on all of them; uniform q: 1 / (B m)
-                "row"    w = 1 / (B m): each row counts alike; with a non-uniform q another objective
-                "token"  each hidden token counts alike, which weighs level m by m; another objective too
-    prefix:     the first `prefix_length` tokens are never hidden; with `prefix_length_max` the length is
-                drawn anew for each batch from that range.
+                "autoregressive"  inputs [mask_id, x_0[:-1]], predict x_0: GPT; wants a causal network
+    weighting   of a hidden token: see `row_weights`
+    prefix      the first `prefix_length` tokens are never hidden; with `prefix_length_max`, a length from
+                that range is drawn for each batch
 
-    The number of predictions P is one constant for given arguments and B, so a compiled step is
-    compiled once. Where the count itself varies (a drawn prefix, an asymmetric distribution, an odd
-    number of rows), predictions are padded to the largest possible count with weight 0.
+    The number of predictions P is one constant for given arguments and B, so a compiled step is compiled
+    once. Where the count itself varies (a drawn prefix, an asymmetric distribution, an odd number of rows),
+    predictions are padded to the largest possible count, with weight 0.
     """
     B, T = x_0.shape
     if objective == "autoregressive":
-        start = torch.full_like(x_0[:, :1], mask_id)  # the mask token serves as start of text
         weights = torch.full((B * T,), 1 / (B * T))
-        return Batch(torch.cat([start, x_0[:, :-1]], dim=1), torch.arange(B * T), x_0.flatten(), weights)
-    if objective not in ("diffusion", "mlm"):
-        raise ValueError(f"objective {objective!r} is unknown; known: diffusion, mlm, autoregressive")
-    if not 0 <= prefix_length <= (prefix_length_max or prefix_length) < T:
-        raise ValueError(f"a prefix of {prefix_length_max or prefix_length} tokens leaves nothing to hide in {T}")
+        return Batch(shift_right(x_0, mask_id), torch.arange(B * T), x_0.flatten(), weights)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is unknown; known: {', '.join(OBJECTIVES)}")
+    longest = prefix_length if prefix_length_max is None else prefix_length_max
+    if not 0 <= prefix_length <= longest < T:
+        raise ValueError(f"a prefix of {prefix_length} to {longest} tokens does not fit rows of {T}")
 
     most = T - prefix_length  # maskable tokens under the shortest prefix
-    if prefix_length_max is not None:
-        span = prefix_length_max - prefix_length + 1
-        prefix_length += int(torch.randint(span, (), generator=generator))
-    N = T - prefix_length
-
+    N = most - int(torch.randint(longest - prefix_length + 1, (), generator=generator))
     if objective == "mlm":
         num_masked = torch.full((B,), max(1, round(mlm_ratio * N)))
+        row_weight = 1 / (B * num_masked)
         group, capacity = 1, max(1, round(mlm_ratio * most))
     else:
         num_masked = draw_num_masked(B, N, generator, mask_levels, mask_ratio)
-        probability = level_probabilities(mask_levels or N, mask_ratio)
-        if torch.allclose(probability, probability.flip(0)) and B % 2 == 0:
-            group, capacity = 2, most + round(most / (mask_levels or most))  # a pair's constant total
-        else:
-            group, capacity = 1, most
-    mask = draw_mask(num_masked, T, prefix_length, generator)
+        q = level_probabilities(mask_levels or N, mask_ratio)
+        row_weight = row_weights(num_masked, N, q, weighting)
+        # A group of rows fills at most `capacity` places: a pair its constant total, a lone row all of them.
+        paired = is_symmetric(q) and B % 2 == 0
+        group, capacity = (2, most + round(most / (mask_levels or most))) if paired else (1, most)
+    mask = draw_mask(num_masked, T, T - N, generator)
 
-    if weighting == "token":
-        row_weight = torch.full((B,), 1 / num_masked.sum().item())
-    elif weighting == "row" or objective == "mlm":
-        row_weight = 1 / (B * num_masked)
-    elif weighting == "nelbo":
-        if (probability <= 0).any():
-            raise ValueError(f"mask_ratio {mask_ratio!r} never draws some levels, so no weight makes it the NELBO; "
-                             "use weighting row or token")
-        k = (num_masked * probability.numel() / N).round().long().clamp(1)
-        row_weight = 1 / (B * probability.numel() * probability[k - 1] * num_masked)
-    else:
-        raise ValueError(f"weighting {weighting!r} is unknown; known: nelbo, row, token")
-
-    # Lay the hidden places of each group of rows into its `capacity` slots. Unused slots point at the
-    # group's first place with weight 0.
+    # Lay each group's hidden places into its slots; unused ones ask about its first place, for nothing.
     grouped = mask.view(B // group, group * T)
     g, place = grouped.nonzero(as_tuple=True)
     slot = grouped.cumsum(1)[g, place] - 1
     positions = (torch.arange(B // group)[:, None] * group * T).repeat(1, capacity)
     weights = torch.zeros(B // group, capacity)
-    positions[g, slot] = g * group * T + place
+    positions[g, slot] += place
     weights[g, slot] = row_weight.float().repeat_interleave(num_masked)
     positions = positions.flatten()
     return Batch(x_0.masked_fill(mask, mask_id), positions, x_0.flatten()[positions], weights.flatten())
+
+
+def shift_right(tokens: Tensor, mask_id: int) -> Tensor:
+    """[mask_id, tokens[:-1]] in each row: place t holds token t-1; the mask token serves as start of text."""
+    return F.pad(tokens[:, :-1], (1, 0), value=mask_id)
+
+
+def row_weights(num_masked: Tensor, N: int, q: Tensor, weighting: str) -> Tensor:
+    """(B,) weight of each hidden token of a row that hides m, its level drawn from q(1..L).
+
+    "nelbo"  1 / (B L q(k) m): the loss estimates the NELBO whatever q is, if q > 0; uniform q: 1 / (B m)
+    "row"    1 / (B m): rows count alike. Under a q that is not uniform, another objective than the NELBO
+    "token"  1 / sum of m: hidden tokens count alike, which weighs level m by m. Another objective too
+    """
+    B, L = len(num_masked), len(q)
+    if weighting == "token":
+        return torch.full((B,), 1 / num_masked.sum().item())
+    if weighting == "row":
+        return 1 / (B * num_masked)
+    if weighting != "nelbo":
+        raise ValueError(f"weighting {weighting!r} is unknown; known: {', '.join(WEIGHTINGS)}")
+    if (q <= 0).any():
+        raise ValueError("this mask_ratio never draws some levels, so no weight makes its loss the NELBO: "
+                         "use weighting row or token")
+    k = (num_masked * L / N).round().long().clamp(1, L)
+    return 1 / (B * L * q[k - 1] * num_masked)
 
 
 def loss(model: Model, batch: Batch) -> Tensor:
@@ -211,8 +210,7 @@ def loss(model: Model, batch: Batch) -> Tensor:
     return (batch.weights * ce).sum()
 
 
-# ---------------------------------------------------------------------------------------------------
-# 3. What the network knows: a bound on the negative log-likelihood
+# --- 3. What the network knows: a bound on the negative log-likelihood ----------------------------
 
 
 class Curve(NamedTuple):
@@ -232,21 +230,22 @@ class Bound(NamedTuple):
     curve: Curve
 
 
-def row_losses(model: Model, x_0: Tensor, mask_id: int, num_masked: Tensor, prefix_length: int,
-               generator: torch.Generator, batch_size: int) -> Tensor:
-    """(B,) float64: each row's mean cross-entropy over num_masked[b] random hidden tokens."""
-    B, T = x_0.shape
-    mask = draw_mask(num_masked, T, prefix_length, generator).to(x_0.device)
-    x_t = x_0.masked_fill(mask, mask_id)
-    row_of = torch.arange(B, device=x_0.device)[:, None].expand(B, T)
-    sums = torch.zeros(B, dtype=torch.float64)
-    for i in range(0, B, batch_size):
-        part = slice(i, i + batch_size)
-        positions = mask[part].flatten().nonzero().squeeze(1)
-        logits = model(x_t[part], positions)
-        ce = F.cross_entropy(logits.float(), x_0[part].flatten()[positions], reduction="none")
-        sums.index_add_(0, row_of[part][mask[part]].cpu(), ce.double().cpu())
-    return sums / num_masked
+def row_losses(model: Model, inputs: Tensor, x_0: Tensor, asked: Tensor, batch_size: int) -> Tensor:
+    """(B,) float64: each row's mean cross-entropy at the places marked in `asked`, all arguments (B,T)."""
+    sums = torch.zeros(len(x_0), dtype=torch.float64)
+    for first in range(0, len(x_0), batch_size):
+        part = slice(first, first + batch_size)
+        b, place = asked[part].nonzero(as_tuple=True)
+        logits = model(inputs[part], b * x_0.size(1) + place)
+        ce = F.cross_entropy(logits.float(), x_0[part][b, place], reduction="none")
+        sums[part].index_add_(0, b.cpu(), ce.double().cpu())
+    return sums / asked.sum(1).cpu()
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """The mean and its standard error; NaN where there are too few values to tell."""
+    error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(math.nan)
+    return values.mean().item(), error.item()
 
 
 @torch.no_grad()
@@ -254,55 +253,52 @@ def nelbo(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0, seed:
           curve_points: int = 10, batch_size: int = 32) -> Bound:
     """NELBO = (1/N) sum_{m=1..N} CE(m), in nats per token: an upper bound on -log p(x_0) / N.
 
-    Equal to the continuous-time bound of MDLM (arXiv:2406.07524) and LLaDA (arXiv:2502.09992, eq. 14) without its
-    noise of random counts, and to the mean negative log-likelihood over all orders of an any-order
+    It equals the continuous-time bound of MDLM (arXiv:2406.07524) and LLaDA (arXiv:2502.09992, eq. 14)
+    without its noise of random counts, and the mean negative log-likelihood over all orders of an any-order
     autoregressive model: if the conditionals are exact, NELBO = entropy. With a prefix it bounds the
     likelihood of the rest given the prefix.
 
-    x_0: (B,T) clean tokens, any B; more rows, smaller standard error. Row b hides one count m, the counts
+    x_0: (B,T) clean tokens, any B; more rows, smaller standard error. Each row hides one count m, the counts
     being strata over all of 1..N, so that the estimate has no bias. The same seed always gives the same
     counts and masks: two checkpoints are compared on the same questions.
 
-    A second pass over the rows measures the curve at `curve_points` counts evenly spaced up to N and at m = 1;
-    row b measures one of them. NaN where there are fewer rows than counts (stderr: than two a count).
+    A second pass measures the curve at m = 1 and at `curve_points` counts evenly spaced up to N, each on its
+    share of the rows (fewer counts if there would be less than two rows for each).
     """
     B, T = x_0.shape
     N = T - prefix_length
-    if not 0 <= prefix_length < T or B < 1:
+    if B < 1 or not 0 <= prefix_length < T:
         raise ValueError(f"nothing to measure in {B} rows of {T} tokens after a prefix of {prefix_length}")
     generator = keyed_generator(seed, 0, "nelbo")
-    num_masked = draw_num_masked(B, N, generator)
-    losses = row_losses(model, x_0, mask_id, num_masked, prefix_length, generator, batch_size)
-    # The two rows of a pair are not independent of one another, so the error is that of the pair means.
-    pairs = losses[: B - B % 2].view(-1, 2).mean(1) if B > 1 else losses
-    stderr = (pairs.std() / pairs.numel() ** 0.5).item() if pairs.numel() > 1 else math.nan
 
-    counts = sorted({1, *(max(1, round(N * i / curve_points)) for i in range(1, curve_points + 1))})
+    def measure(num_masked: Tensor) -> Tensor:
+        mask = draw_mask(num_masked, T, prefix_length, generator).to(x_0.device)
+        return row_losses(model, x_0.masked_fill(mask, mask_id), x_0, mask, batch_size)
+
+    by_row = measure(draw_num_masked(B, N, generator))
+    # The two rows of a pair depend on one another: the error is that of the pair means.
+    _, stderr = mean_and_error(by_row[: B // 2 * 2].view(-1, 2).mean(1))
+    points = max(1, min(curve_points, B // 2 - 1))
+    counts = sorted({1, *(max(1, round(N * i / points)) for i in range(1, points + 1))} if B > 1 else {N})
     of_row = torch.arange(B) % len(counts)
-    by_row = row_losses(model, x_0, mask_id, torch.tensor(counts)[of_row], prefix_length, generator, batch_size)
-    by_count = [by_row[of_row == i] for i in range(len(counts))]
-    curve = Curve(N, counts, [rows.mean().item() for rows in by_count],
-                  [(rows.std() / rows.numel() ** 0.5).item() if rows.numel() > 1 else math.nan for rows in by_count])
-    return Bound(losses.mean().item(), stderr, curve)
+    by_count = measure(torch.tensor(counts)[of_row])
+    nats, errors = zip(*(mean_and_error(by_count[of_row == i]) for i in range(len(counts))), strict=True)
+    return Bound(by_row.mean().item(), stderr, Curve(N, counts, list(nats), list(errors)))
 
 
 @torch.no_grad()
-def evaluate(model: Model, x_0: Tensor, mask_id: int, objective: str = "diffusion", **options) -> Bound:
-    """The figure to compare checkpoints by, in nats per token: `nelbo`, or of a causal network the exact
-    negative log-likelihood, scored on the same T tokens (its curve is None)."""
+def evaluate(model: Model, x_0: Tensor, mask_id: int, objective: str = "diffusion", curve_points: int = 10,
+             batch_size: int = 32) -> Bound:
+    """The figure to compare checkpoints by: `nelbo`, or of an autoregressive model the exact negative
+    log-likelihood, in nats per token, scored on the same T tokens (its curve is None)."""
     if objective != "autoregressive":
-        return nelbo(model, x_0, mask_id, **options)
-    by_row = []
-    for rows in x_0.split(options.get("batch_size", 32)):
-        batch = corrupt(rows.cpu(), mask_id, objective=objective).to(x_0.device)
-        ce = F.cross_entropy(model(batch.inputs, batch.positions).float(), batch.targets, reduction="none")
-        by_row.append(ce.view(rows.shape).double().mean(1).cpu())
-    by_row = torch.cat(by_row)
-    return Bound(by_row.mean().item(), (by_row.std() / len(by_row) ** 0.5).item(), None)
+        return nelbo(model, x_0, mask_id, curve_points=curve_points, batch_size=batch_size)
+    everywhere = torch.ones_like(x_0, dtype=torch.bool)
+    by_row = row_losses(model, shift_right(x_0, mask_id), x_0, everywhere, batch_size)
+    return Bound(*mean_and_error(by_row), None)
 
 
-# ---------------------------------------------------------------------------------------------------
-# 4. Schedules: how many tokens stay hidden after each step
+# --- 4. Schedules: how many tokens stay hidden after each step ------------------------------------
 
 # f(u): the share still hidden after a fraction u of the steps, from f(0) = 1; the last step hides nothing.
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -326,9 +322,12 @@ def hidden_counts(schedule: str | Sequence[int], num_hidden: Tensor, steps: int)
     else:
         given = torch.tensor(schedule, dtype=torch.float64)
         if len(given) < 2 or given[-1] != 0 or (given.diff() >= 0).any():
-            raise ValueError(f"a schedule of counts must fall from the number of hidden tokens to 0: {list(schedule)}")
+            raise ValueError(f"a schedule must fall strictly from some count to 0, not {list(schedule)}")
         steps = len(given) - 1
-        f = lambda u: torch.from_numpy(np.interp(u * steps, np.arange(steps + 1), given / given[0]))  # noqa: E731
+
+        def f(u: Tensor) -> Tensor:
+            return torch.from_numpy(np.interp(u * steps, np.arange(steps + 1), given / given[0]))
+
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     N = num_hidden.cpu().double()
@@ -339,17 +338,12 @@ def hidden_counts(schedule: str | Sequence[int], num_hidden: Tensor, steps: int)
     return m.maximum(S - i).clamp(min=0).long()  # one token at least for each step that is left
 
 
-# ---------------------------------------------------------------------------------------------------
-# 5. The sampling loop
+# --- 5. The sampling loop -------------------------------------------------------------------------
 
 
-def draw_tokens(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+def draw_tokens(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                top_p: float | None = None,
+                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Draw one token per row of `logits` (P,V): (tokens (P,), their probability under the model (P,)).
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p (nucleus) the fewest whose
@@ -391,19 +385,10 @@ ORDERS = ("random", "left_to_right", "confidence")
 
 
 @torch.no_grad()
-def denoise(
-    model: Model,
-    x: Tensor,
-    mask_id: int,
-    steps: int,
-    schedule: str | Sequence[int] = "linear",
-    order: str = "random",
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    adjust: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
+def denoise(model: Model, x: Tensor, mask_id: int, steps: int, schedule: str | Sequence[int] = "linear",
+            order: str = "random", temperature: float = 1.0, top_k: int | None = None,
+            top_p: float | None = None, adjust: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+            generator: torch.Generator | None = None) -> Iterator[Tensor]:
     """Fill every place of x (B,T) that equals `mask_id`; yield x before the first and after each step.
 
     Everything else is given and never changed, wherever it stands: free generation, continuing a prefix
@@ -445,7 +430,8 @@ def denoise(
         logits = model(x, positions)
         if adjust is not None:
             logits = adjust(logits, x, positions)
-        tokens, confidence = (drawn.to(x.device) for drawn in draw_tokens(logits, temperature, top_k, top_p, generator))
+        tokens, confidence = draw_tokens(logits, temperature, top_k, top_p, generator)
+        tokens, confidence = tokens.to(x.device), confidence.to(x.device)
         if priority is None:
             score = torch.zeros(B, T, dtype=confidence.dtype, device=x.device)
             score.view(-1)[positions] = confidence
@@ -457,9 +443,8 @@ def denoise(
 
 def generate(model: Model, x: Tensor, mask_id: int, steps: int, **options) -> Tensor:
     """The last state of `denoise`, (B,T), with nothing hidden any more; same arguments."""
-    for state in denoise(model, x, mask_id, steps, **options):
-        pass
-    return state
+    *_, last = denoise(model, x, mask_id, steps, **options)
+    return last
 
 
 def left_to_right_model(model: Model, mask_id: int) -> Model:
@@ -467,9 +452,4 @@ def left_to_right_model(model: Model, mask_id: int) -> Model:
 
     With order="left_to_right" and as many steps as tokens, `denoise` is then GPT's sampling.
     """
-
-    def shifted(tokens: Tensor, positions: Tensor) -> Tensor:
-        start = torch.full_like(tokens[:, :1], mask_id)
-        return model(torch.cat([start, tokens[:, :-1]], dim=1), positions)
-
-    return shifted
+    return lambda tokens, positions: model(shift_right(tokens, mask_id), positions)

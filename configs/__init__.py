@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def convert(name: str, value, kind: type):
-    """`value`, from TOML or a flag's text, as the type the dataclass declares; ConfigError if it is not one."""
+    """`value`, from TOML or a flag's text, as the type that the dataclass declares, or a ConfigError."""
     if get_origin(kind) is types.UnionType:  # `int | None`: the text "none" switches the option off
         if value is None or value == "none":
             return None
@@ -64,12 +64,14 @@ def load(config_class: type[Config], path: str | Path | None, flags: list[str] =
     for name in values:
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1)
-            raise ConfigError(f"{path}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    parser = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+            hint = f"; did you mean {near[0]!r}?" if near else "; train.py --help lists all"
+            raise ConfigError(f"{path}: unknown key {name!r}{hint}")
+    parser = Parser(prog=prog, description=description, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(config_class):
         dashed, plain = "--" + field.name.replace("_", "-"), "--" + field.name
-        parser.add_argument(*dict.fromkeys([dashed, plain]), dest=field.name, metavar="VALUE",
+        bare = {"nargs": "?", "const": "true"} if kinds[field.name] is bool else {}  # --resume alone is true
+        parser.add_argument(*dict.fromkeys([dashed, plain]), dest=field.name, metavar="VALUE", **bare,
                             help=f"{field.metadata.get('help', '')} (default: {field.default})")
     given, unknown = parser.parse_known_args(flags)
     if unknown:

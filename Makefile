@@ -1,0 +1,36 @@
+# make quickstart   install, fetch a corpus, train, write: about 5 minutes on 2 CPU cores after the installation
+# make test         prove everything that is quick to prove
+# make test-slow    prove the rest
+
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: .venv/installed
+	$(BIN)/python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
+	$(BIN)/python train.py configs/quickstart.toml
+	$(BIN)/python sample.py --checkpoint out/quickstart --prefix "The state of the Union " --num-samples 4 \
+		--temperature 0.6 | tee out/quickstart/samples.txt
+	$(BIN)/python -m bench.words data/sotu out/quickstart/samples.txt
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv data out .pytest_cache .ruff_cache
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
