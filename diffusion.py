@@ -22,20 +22,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 Model = Callable[..., Tensor]
 MaskRatio = str | Callable[[Tensor], Tensor]  # a name in MASK_RATIOS, or a CDF on [0,1]
 
 
-def keyed_generator(seed: int, step: int, purpose: str) -> torch.Generator:
+def keyed_generator(seed: int, step: int, purpose: str) -> Generator:
     """Random numbers that depend on (seed, step, purpose) alone, not on what was drawn before.
 
     So a resumed run draws what the uninterrupted one would have, evaluation cannot disturb training,
     and every process can draw the whole global batch and take its own rows.
     """
     key = np.random.SeedSequence([seed, step, zlib.crc32(purpose.encode())])
-    return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
+    return Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
 
 # --- 1. How many tokens to hide -------------------------------------------------------------------
@@ -62,7 +62,7 @@ def is_symmetric(q: Tensor) -> bool:
     return torch.allclose(q, q.flip(0))
 
 
-def draw_num_masked(batch: int, N: int, generator: torch.Generator | None = None, mask_levels: int = 0,
+def draw_num_masked(batch: int, N: int, generator: Generator | None = None, mask_levels: int = 0,
                     mask_ratio: MaskRatio = "uniform") -> Tensor:
     """How many tokens to hide in each row of the *global* batch: (batch,) int64, values in 1..N.
 
@@ -87,7 +87,7 @@ def draw_num_masked(batch: int, N: int, generator: torch.Generator | None = None
     return m
 
 
-def draw_mask(num_masked: Tensor, T: int, prefix_length: int, generator: torch.Generator | None) -> Tensor:
+def draw_mask(num_masked: Tensor, T: int, prefix_length: int, generator: Generator | None) -> Tensor:
     """(B,T) bool: in row b a uniformly random subset of exactly num_masked[b] places after the prefix."""
     B, N = num_masked.numel(), T - prefix_length
     shuffled = torch.rand(B, N, generator=generator).argsort(dim=1) + prefix_length
@@ -114,17 +114,15 @@ class Batch(NamedTuple):
         B, T = self.inputs.shape
         if B % parts or self.positions.numel() % parts:
             raise ValueError(f"{B} rows (in antithetic pairs) do not split into {parts} equal parts")
-        chunks = zip(*(field.chunk(parts) for field in self), strict=True)
-        return [
-            Batch(inputs, positions - i * (B // parts) * T, targets, weights)
-            for i, (inputs, positions, targets, weights) in enumerate(chunks)
-        ]
+        chunks = [Batch(*fields) for fields in zip(*(field.chunk(parts) for field in self), strict=True)]
+        tokens = B // parts * T  # of one chunk: its positions count from its own first token
+        return [chunk._replace(positions=chunk.positions - i * tokens) for i, chunk in enumerate(chunks)]
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(field.to(device, non_blocking=True) for field in self))
 
 
-def corrupt(x_0: Tensor, mask_id: int, generator: torch.Generator | None = None, objective: str = "diffusion",
+def corrupt(x_0: Tensor, mask_id: int, generator: Generator | None = None, objective: str = "diffusion",
             mask_levels: int = 0, mask_ratio: MaskRatio = "uniform", weighting: str = "nelbo",
             prefix_length: int = 0, prefix_length_max: int | None = None, mlm_ratio: float = 0.15) -> Batch:
     """Turn the clean tokens of the *global* batch, (B,T) on the CPU, into a training question.
@@ -227,7 +225,7 @@ class Bound(NamedTuple):
 
     nats: float
     stderr: float
-    curve: Curve
+    curve: Curve | None
 
 
 def row_losses(model: Model, inputs: Tensor, x_0: Tensor, asked: Tensor, batch_size: int) -> Tensor:
@@ -287,14 +285,16 @@ def nelbo(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0, seed:
 
 
 @torch.no_grad()
-def evaluate(model: Model, x_0: Tensor, mask_id: int, objective: str = "diffusion", curve_points: int = 10,
-             batch_size: int = 32) -> Bound:
+def evaluate(model: Model, x_0: Tensor, mask_id: int, objective: str = "diffusion",
+             curve_points: int = 10) -> Bound:
     """The figure to compare checkpoints by: `nelbo`, or of an autoregressive model the exact negative
     log-likelihood, in nats per token, scored on the same T tokens (its curve is None)."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is unknown; known: {', '.join(OBJECTIVES)}")
     if objective != "autoregressive":
-        return nelbo(model, x_0, mask_id, curve_points=curve_points, batch_size=batch_size)
+        return nelbo(model, x_0, mask_id, curve_points=curve_points)
     everywhere = torch.ones_like(x_0, dtype=torch.bool)
-    by_row = row_losses(model, shift_right(x_0, mask_id), x_0, everywhere, batch_size)
+    by_row = row_losses(model, shift_right(x_0, mask_id), x_0, everywhere, batch_size=32)
     return Bound(*mean_and_error(by_row), None)
 
 
@@ -342,8 +342,7 @@ def hidden_counts(schedule: str | Sequence[int], num_hidden: Tensor, steps: int)
 
 
 def draw_tokens(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
-                top_p: float | None = None,
-                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+                top_p: float | None = None, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
     """Draw one token per row of `logits` (P,V): (tokens (P,), their probability under the model (P,)).
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p (nucleus) the fewest whose
@@ -387,8 +386,8 @@ ORDERS = ("random", "left_to_right", "confidence")
 @torch.no_grad()
 def denoise(model: Model, x: Tensor, mask_id: int, steps: int, schedule: str | Sequence[int] = "linear",
             order: str = "random", temperature: float = 1.0, top_k: int | None = None,
-            top_p: float | None = None, adjust: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-            generator: torch.Generator | None = None) -> Iterator[Tensor]:
+            top_p: float | None = None, adjust: Callable[..., Tensor] | None = None,
+            generator: Generator | None = None) -> Iterator[Tensor]:
     """Fill every place of x (B,T) that equals `mask_id`; yield x before the first and after each step.
 
     Everything else is given and never changed, wherever it stands: free generation, continuing a prefix

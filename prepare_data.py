@@ -187,8 +187,10 @@ def shakespeare(downloads: Path) -> Documents:
     yield from split_by_position(download(url, sha256, downloads / "tinyshakespeare.txt"))
 
 
-def wikipedia(name: str, sha256: str, downloads: Path) -> Documents:
+def wikipedia(name: str, downloads: Path) -> Documents:
     """text8 or enwik8, 100 MB: the usual 90/5/5 split; the last 5 MB are left for a final test."""
+    sha256 = {"text8": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+              "enwik8": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"}[name]
     path = downloads / name
     if not path.exists():
         archive = download(f"http://mattmahoney.net/dc/{name}.zip", sha256, downloads / f"{name}.zip")
@@ -232,10 +234,8 @@ def hugging_face(name: str) -> Documents:
 CORPORA: dict[str, Callable[[Path], Documents]] = {
     "sotu": sotu,
     "shakespeare": shakespeare,
-    "text8": lambda downloads: wikipedia(
-        "text8", "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232", downloads),
-    "enwik8": lambda downloads: wikipedia(
-        "enwik8", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc", downloads),
+    "text8": lambda downloads: wikipedia("text8", downloads),
+    "enwik8": lambda downloads: wikipedia("enwik8", downloads),
     "tinystories": tinystories,
     "openwebtext": lambda downloads: hugging_face("Skylion007/openwebtext"),
     "fineweb-edu": lambda downloads: hugging_face("HuggingFaceFW/fineweb-edu:sample-10BT"),

@@ -226,17 +226,17 @@ def training_state(model: Transformer, ema_model: Transformer, optimizers: Optim
     return tensors
 
 
+@torch.no_grad()
 def load_training_state(model: Transformer, ema_model: Transformer, optimizers: Optimizers,
-                        tensors: dict[str, Tensor]) -> None:
+                        saved: dict[str, Tensor]) -> None:
     """Put back what `training_state` took."""
-    for prefix, network in (("model.", model), ("ema.", ema_model)):
-        network.load_state_dict({name: tensors[prefix + name] for name in network.state_dict()})
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for optimizer in optimizers:
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            prefix = f"optimizer.{names[parameter]}."
-            optimizer.state[parameter] = {key.removeprefix(prefix): tensor.to(parameter.device)
-                                          for key, tensor in tensors.items() if key.startswith(prefix)}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:  # an idle step makes the optimizers create their state
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in training_state(model, ema_model, optimizers).items():
+        tensor.copy_(saved[name])
 
 
 def check_same_run(cfg: TrainConfig, saved: dict) -> None:
@@ -250,8 +250,8 @@ def check_same_run(cfg: TrainConfig, saved: dict) -> None:
 
 def show(text: str, stays: bool = False) -> None:
     """A progress line, rewritten in place on a terminal; with `stays`, text that is kept."""
-    in_place = sys.stdout.isatty()
-    print(("\r\033[K" if in_place else "") + text, end="" if in_place and not stays else "\n", flush=True)
+    start, end = ("\r\033[K", "\n" if stays else "") if sys.stdout.isatty() else ("", "\n")
+    print(start + text, end=end, flush=True)
 
 
 def describe(bound: Bound, bits_per_byte: float, objective: str) -> str:

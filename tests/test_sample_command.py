@@ -49,7 +49,8 @@ def command(capsys, checkpoint: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_every_kind_of_checkpoint_continues_a_prefix_and_counts_new_tokens_only(capsys, any_checkpoint):
-    code, text, figures = command(capsys, any_checkpoint, "--prefix", "the quick", "--length", "20", "--whole")
+    arguments = ("--prefix", "the quick", "--length", "20", "--whole")
+    code, text, figures = command(capsys, any_checkpoint, *arguments)
     assert code == 0 and text.startswith("the quick")
     assert re.search(r"^20 new tokens in 20 model calls, [\d,]+ tokens/s$", figures, re.M)
     assert ("note:" in figures) == ("diffusion" not in str(any_checkpoint))
@@ -76,7 +77,8 @@ def test_greedy_ignores_the_seed_and_sampling_does_not(capsys, checkpoint):
 
 def test_show_steps_prints_every_state_from_all_hidden_to_all_written(capsys, checkpoint):
     _, text, _ = command(capsys, checkpoint, "--length", "8", "--steps", "4", "--show-steps", "--whole")
-    assert re.findall(r"--- step (\d): (\d) tokens hidden", text) == [(str(i), str(8 - 2 * i)) for i in range(5)]
+    shown = re.findall(r"--- step (\d): (\d) tokens hidden", text)
+    assert shown == [(str(i), str(8 - 2 * i)) for i in range(5)]
     assert text.splitlines()[1] == "░" * 8
 
 

@@ -585,9 +585,13 @@ def test_a_list_of_counts_sets_the_steps_of_generate():
 
 
 @pytest.mark.parametrize("name, value", [
-    ("steps", 0), ("steps", -3), ("schedule", "quadratic"), ("schedule", [4, 2, 2, 0]), ("schedule", [4, 2, 1]),
-    ("schedule", [2, 3, 0]), ("schedule", [0]), ("schedule", []), ("order", "sideways"), ("temperature", -0.5),
-    ("temperature", math.nan), ("top_p", 0), ("top_p", 1.5), ("top_p", -0.1), ("top_k", 0), ("top_k", -2),
+    ("steps", 0), ("steps", -3),
+    ("schedule", "quadratic"), ("schedule", [4, 2, 2, 0]), ("schedule", [4, 2, 1]), ("schedule", [2, 3, 0]),
+    ("schedule", [0]), ("schedule", []),
+    ("order", "sideways"),
+    ("temperature", -0.5), ("temperature", math.nan),
+    ("top_p", 0), ("top_p", 1.5), ("top_p", -0.1),
+    ("top_k", 0), ("top_k", -2),
 ])
 def test_a_bad_argument_is_refused_by_name_before_the_model_is_asked(name, value):
     model = Recorder(EXACT)
