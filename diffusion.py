@@ -451,4 +451,4 @@ def left_to_right_model(model: Model, mask_id: int) -> Model:
 
     With order="left_to_right" and as many steps as tokens, `denoise` is then GPT's sampling.
     """
-    return lambda tokens, positions: model(shift_right(tokens, mask_id), positions)
+    return lambda tokens, *positions: model(shift_right(tokens, mask_id), *positions)

@@ -11,6 +11,7 @@ global batch of a training step.
 import argparse
 import codecs
 import hashlib
+import http.client
 import itertools
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -57,7 +59,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 class Progress:
     """One line on stderr, rewritten in place: amount, speed, time left. Silent without a terminal."""
 
-    def __init__(self, label: str, total: int = 0):
+    def __init__(self, label: str, total: float = 0):
         self.label, self.total, self.done = label, total, 0
         self.start = self.shown = time.monotonic()
 
@@ -66,7 +68,7 @@ class Progress:
         now = time.monotonic()
         if sys.stderr.isatty() and (now - self.shown > 0.2 or self.done == self.total):
             self.shown, speed = now, self.done / (now - self.start)
-            left = f", {(self.total - self.done) / speed:.0f} s left" if self.total else ""
+            left = f", {max(0, self.total - self.done) / speed:.0f} s left" if self.total else ""
             print(f"\r{self.label}: {self.done / 1e6:.0f} MB at {speed / 1e6:.1f} MB/s{left}\033[K", end="\r",
                   file=sys.stderr)
 
@@ -98,7 +100,7 @@ def download(url: str, sha256: str, path: Path) -> Path:
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the part is already the whole file
             raise DataError(f"{url}: {error}") from None
-    except OSError as error:  # no route, reset, timeout
+    except (OSError, http.client.HTTPException) as error:  # no route, reset, timeout, broken off
         raise DataError(f"{url}: {getattr(error, 'reason', error)}; run again to resume") from None
     found = sha256_of(part)
     if found != sha256:
@@ -147,13 +149,18 @@ def read_text(path: Path, start: int = 0, end: int | None = None) -> Iterator[st
             rest = text[cut:]
 
 
+def next_character(path: Path, offset: int) -> int:
+    """The first place from `offset` on, in bytes, that is not inside a UTF-8 character."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return offset + next((i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
+
+
 def split_by_position(path: Path, train_end: int | None = None, val_end: int | None = None) -> Documents:
     """One long text as two documents: training, then validation (by default the last tenth)."""
-    train_end = path.stat().st_size * 9 // 10 if train_end is None else train_end
-    with open(path, "rb") as file:
-        file.seek(train_end)
-        while (byte := file.read(1)) and 0x80 <= byte[0] < 0xC0:  # inside a UTF-8 character
-            train_end += 1
+    size = path.stat().st_size
+    train_end = next_character(path, size * 9 // 10 if train_end is None else train_end)
+    val_end = next_character(path, size if val_end is None else val_end)
     yield "train", read_text(path, 0, train_end)
     yield "val", read_text(path, train_end, val_end)
 
@@ -240,6 +247,9 @@ CORPORA: dict[str, Callable[[Path], Documents]] = {
     "openwebtext": lambda downloads: hugging_face("Skylion007/openwebtext"),
     "fineweb-edu": lambda downloads: hugging_face("HuggingFaceFW/fineweb-edu:sample-10BT"),
 }
+# Bytes of text, where known, from which the time left is estimated.
+SIZES = {"sotu": 12e6, "shakespeare": 1.1e6, "text8": 95e6, "enwik8": 95e6, "tinystories": 2.25e9,
+         "openwebtext": 39.8e9}
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -267,41 +277,49 @@ def pieces_of(documents: Documents) -> Iterator[tuple[str, str, bool]]:
             if previous is not None:
                 yield split, previous, False
             previous = text
-        if previous:
+        if previous is not None:
             yield split, previous, True
 
 
-def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, source: str) -> dict:
-    """Tokenize `documents` into out_dir/{train.bin,val.bin,meta.json}; returns what meta.json says."""
+def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, source: str,
+                  size: float = 0) -> dict:
+    """Tokenize `documents` into out_dir/{train.bin,val.bin,meta.json}; returns what meta.json says.
+
+    source: where the text is from, for the record; size: its bytes if known, to estimate the time left.
+    """
     vocab_size = get_tokenizer(tokenizer_name).n_vocab
-    out_dir.mkdir(parents=True, exist_ok=True)
-    parts = {split: out_dir / f"{split}.bin.part" for split in ("train", "val")}
-    counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in parts}
-    progress, pieces = Progress("tokenizing"), pieces_of(documents)
-    with (multiprocessing.Pool(initializer=start_worker, initargs=(tokenizer_name,)) as pool,
-          open(parts["train"], "wb") as train, open(parts["val"], "wb") as val):
-        # Pool.imap alone would read the whole corpus ahead; groups keep memory constant.
-        while group := list(itertools.islice(pieces, 32 * os.cpu_count())):
-            for split, num_bytes, last, ids in pool.imap(encode, group, chunksize=4):
-                (train if split == "train" else val).write(ids.tobytes())
-                counts[split]["tokens"] += len(ids)
-                counts[split]["bytes"] += num_bytes
-                counts[split]["documents"] += last
-                progress.advance(num_bytes)
-        for file in (train, val):
-            file.flush()
-            os.fsync(file.fileno())
-    for split in parts:
-        if not counts[split]["bytes"]:
-            raise DataError(f"{source} has no text for the {split} split")
-    meta = {"format": 1, "tokenizer": tokenizer_name, "vocab_size": vocab_size, "mask_id": vocab_size,
-            "dtype": "uint16" if vocab_size < 2**16 else "uint32", "source": source,
-            **{split: counts[split] | {"sha256": sha256_of(parts[split])} for split in parts}}
-    (out_dir / "meta.json").unlink(missing_ok=True)  # until the new one stands, the folder is no dataset
-    for split, part in parts.items():
-        os.replace(part, out_dir / f"{split}.bin")
-    (out_dir / "meta.json.part").write_text(json.dumps(meta, indent=2) + "\n")
-    os.replace(out_dir / "meta.json.part", out_dir / "meta.json")
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(f"--out-dir {out_dir} is a file, not a folder") from None
+    counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in ("train", "val")}
+    progress, pieces = Progress("tokenizing", size), pieces_of(documents)
+    with tempfile.TemporaryDirectory(dir=out_dir) as unfinished:  # vanishes, whatever happens
+        parts = {split: Path(unfinished) / f"{split}.bin" for split in counts}
+        with (multiprocessing.Pool(initializer=start_worker, initargs=(tokenizer_name,)) as pool,
+              open(parts["train"], "wb") as train, open(parts["val"], "wb") as val):
+            # Pool.imap alone would read the whole corpus ahead; groups keep memory constant.
+            while group := list(itertools.islice(pieces, 32 * os.cpu_count())):
+                for split, num_bytes, last, ids in pool.imap(encode, group, chunksize=4):
+                    (train if split == "train" else val).write(ids.tobytes())
+                    counts[split]["tokens"] += len(ids)
+                    counts[split]["bytes"] += num_bytes
+                    counts[split]["documents"] += last
+                    progress.advance(num_bytes)
+            for file in (train, val):
+                file.flush()
+                os.fsync(file.fileno())
+        for split in counts:
+            if not counts[split]["bytes"]:
+                raise DataError(f"{source} has no text for the {split} split")
+        meta = {"format": 1, "tokenizer": tokenizer_name, "vocab_size": vocab_size, "mask_id": vocab_size,
+                "dtype": "uint16" if vocab_size < 2**16 else "uint32", "source": source,
+                **{split: counts[split] | {"sha256": sha256_of(parts[split])} for split in counts}}
+        parts["meta"] = Path(unfinished) / "meta.json"
+        parts["meta"].write_text(json.dumps(meta, indent=2) + "\n")
+        (out_dir / "meta.json").unlink(missing_ok=True)  # until the new one stands, there is no dataset
+        for part in parts.values():
+            os.replace(part, out_dir / part.name)
     return meta
 
 
@@ -364,8 +382,11 @@ def main(arguments: list[str] | None = None) -> int:
     add("--downloads", type=Path, default=Path("data/downloads"), help="(default: data/downloads)")
     add("--max-documents", type=int, help="stop after so many documents")
     args = parser.parse_args(arguments)
+    if args.max_documents is not None and args.max_documents < 1:
+        parser.error(f"--max-documents must be at least 1, not {args.max_documents}")
 
     name = args.corpus[0]
+    size = SIZES.get(name, 0)
     try:
         if len(args.corpus) == 1 and name in CORPORA:
             args.downloads.mkdir(parents=True, exist_ok=True)
@@ -373,10 +394,12 @@ def main(arguments: list[str] | None = None) -> int:
         elif len(args.corpus) == 1 and name.startswith("hf:"):
             documents = hugging_face(name.removeprefix("hf:"))
         else:
-            documents, name = files([Path(path) for path in args.corpus]), Path(name).stem
+            paths = [Path(path) for path in args.corpus]
+            documents, name = files(paths), paths[0].stem
+            size = sum(path.stat().st_size for path in paths if path.exists())
         out_dir = args.out_dir or Path("data") / re.sub(r"\W+", "-", name)
         documents = itertools.islice(documents, args.max_documents)
-        meta = write_dataset(documents, args.tokenizer, out_dir, " ".join(args.corpus))
+        meta = write_dataset(documents, args.tokenizer, out_dir, " ".join(args.corpus), size)
     except (DataError, OSError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, DataError) else 1

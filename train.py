@@ -64,7 +64,7 @@ class TrainConfig:
     context_length: int = knob(256, "tokens per row", low=1)
     # the question asked of it: the arguments of diffusion.corrupt
     objective: str = knob("diffusion", "diffusion, mlm (BERT) or autoregressive (GPT)", OBJECTIVES)
-    mask_ratio: str = knob("uniform", "distribution: uniform, bell or middle", tuple(MASK_RATIOS))
+    mask_ratio: str = knob("bell", "distribution: uniform, bell or middle", tuple(MASK_RATIOS))
     weighting: str = knob("token", "of hidden tokens: nelbo, row or token", WEIGHTINGS)
     mask_levels: int = knob(0, "0: any number of hidden tokens; 10: only tenths of the row", low=0)
     mlm_ratio: float = knob(0.15, "share hidden by the mlm objective", low=0, high=1)
@@ -75,7 +75,7 @@ class TrainConfig:
     batch_size: int = knob(8, "rows per step, over all processes and micro-batches", low=1)
     micro_batch_size: int = knob(0, "rows per forward pass, to fit memory (0: all)", low=0)
     optimizer: str = knob("muon", "muon (for matrices, adamw for the rest) or adamw", ("muon", "adamw"))
-    muon_learning_rate: float = knob(0.01, "for the matrices inside the blocks", low=1e-12)
+    muon_learning_rate: float = knob(0.02, "for the matrices inside the blocks", low=1e-12)
     learning_rate: float = knob(3e-3, "for embedding and head; with adamw, for everything", low=1e-12)
     weight_decay: float = knob(0.0, "decoupled, on all weights", low=0)
     warmup_steps: int = knob(50, "linear rise of the learning rates", low=0)

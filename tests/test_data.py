@@ -323,12 +323,34 @@ def test_a_mistake_changes_no_file_on_disk(material, tmp_path, arguments):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("arguments", [["latin1.txt"], ["good.txt", "latin1.txt"], ["nowhere.txt"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", ["latin1.txt", "good.txt latin1.txt", "nowhere.txt"])
 def test_a_failed_preparation_leaves_the_previous_dataset_intact(material, tmp_path, arguments):
     main("good.txt", "--out-dir", "out")
     before = {name: (tmp_path / "out" / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")}
-    assert main(*arguments, "--out-dir", "out") == 2
+    assert main(*arguments.split(), "--out-dir", "out") == 2
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_crash_between_the_files_leaves_no_mixture_of_datasets(tmp_path, monkeypatch, renames):
+    old, new = ([("train", [letter * 9]), ("val", [letter * 5])] for letter in "ab")  # of the same sizes
+    prepare_data.write_dataset(iter(old), "byte", tmp_path / "out", "old")
+    real, done = prepare_data.os.replace, []
+
+    def replace(source, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(prepare_data.os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data.write_dataset(iter(new), "byte", tmp_path / "out", "new")
+    try:
+        train, val = (TokenFile(tmp_path / "out", split).spread(1, 5)[0, 0] for split in ("train", "val"))
+    except DataError:
+        return  # no dataset at all: it has to be prepared again
+    assert train == val == ord("a")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -742,7 +764,7 @@ def test_without_a_text_column_the_message_names_the_columns(monkeypatch):
         read(prepare_data.hugging_face("some/corpus"))
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("no such data\nsee the hub"), ValueError("no such config"),
+@pytest.mark.parametrize("error", [FileNotFoundError("no such data\nsee the hub"), ValueError("no config"),
                                    ConnectionError("offline")], ids=lambda error: type(error).__name__)
 def test_what_the_package_complains_about_is_one_line(monkeypatch, error):
     datasets_package(monkeypatch, error)
