@@ -112,11 +112,13 @@ class Batch(NamedTuple):
     def split(self, parts: int) -> list["Batch"]:
         """Micro-batches of whole rows and equal work, whose losses add up to this batch's loss."""
         B, T = self.inputs.shape
-        if B % parts or self.positions.numel() % parts:
-            raise ValueError(f"{B} rows (in antithetic pairs) do not split into {parts} equal parts")
-        chunks = [Batch(*fields) for fields in zip(*(field.chunk(parts) for field in self), strict=True)]
-        tokens = B // parts * T  # of one chunk: its positions count from its own first token
-        return [chunk._replace(positions=chunk.positions - i * tokens) for i, chunk in enumerate(chunks)]
+        if parts >= 1 and B % parts == 0 and self.positions.numel() % parts == 0:
+            size = B // parts * T  # tokens of a part; its positions count from its own first token
+            positions = self.positions.view(parts, -1) - size * torch.arange(parts)[:, None]
+            if 0 <= positions.min() and positions.max() < size:  # otherwise a pair would be torn apart
+                fields = (field.chunk(parts) for field in self._replace(positions=positions.flatten()))
+                return [Batch(*part) for part in zip(*fields, strict=True)]
+        raise ValueError(f"{B} rows, in antithetic pairs, do not split into {parts} parts of equal work")
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(field.to(device, non_blocking=True) for field in self))
@@ -145,8 +147,11 @@ def corrupt(x_0: Tensor, mask_id: int, generator: Generator | None = None, objec
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is unknown; known: {', '.join(OBJECTIVES)}")
     longest = prefix_length if prefix_length_max is None else prefix_length_max
-    if not 0 <= prefix_length <= longest < T:
-        raise ValueError(f"a prefix of {prefix_length} to {longest} tokens does not fit rows of {T}")
+    if not 0 <= prefix_length <= longest < T or mask_levels > T - longest:
+        raise ValueError(f"a prefix of {prefix_length} to {longest} tokens does not fit rows of {T} tokens "
+                         f"and {mask_levels} mask levels")
+    if not 0 <= mlm_ratio <= 1:
+        raise ValueError(f"mlm_ratio must be in [0, 1], not {mlm_ratio}")
 
     most = T - prefix_length  # maskable tokens under the shortest prefix
     N = most - int(torch.randint(longest - prefix_length + 1, (), generator=generator))
@@ -156,8 +161,11 @@ def corrupt(x_0: Tensor, mask_id: int, generator: Generator | None = None, objec
         group, capacity = 1, max(1, round(mlm_ratio * most))
     else:
         num_masked = draw_num_masked(B, N, generator, mask_levels, mask_ratio)
-        q = level_probabilities(mask_levels or N, mask_ratio)
-        row_weight = row_weights(num_masked, N, q, weighting)
+        row_weight = row_weights(num_masked, N, level_probabilities(mask_levels or N, mask_ratio), weighting)
+        q = level_probabilities(mask_levels or most, mask_ratio)
+        if weighting == "nelbo" and (q <= 0).any():
+            raise ValueError(f"mask_ratio {mask_ratio} never draws some levels, so no weight makes its loss "
+                             "the NELBO: use weighting row or token")
         # A group of rows fills at most `capacity` places: a pair its constant total, a lone row all of them.
         paired = is_symmetric(q) and B % 2 == 0
         group, capacity = (2, most + round(most / (mask_levels or most))) if paired else (1, most)
@@ -194,9 +202,6 @@ def row_weights(num_masked: Tensor, N: int, q: Tensor, weighting: str) -> Tensor
         return 1 / (B * num_masked)
     if weighting != "nelbo":
         raise ValueError(f"weighting {weighting!r} is unknown; known: {', '.join(WEIGHTINGS)}")
-    if (q <= 0).any():
-        raise ValueError("this mask_ratio never draws some levels, so no weight makes its loss the NELBO: "
-                         "use weighting row or token")
     k = (num_masked * L / N).round().long().clamp(1, L)
     return 1 / (B * L * q[k - 1] * num_masked)
 
@@ -265,7 +270,7 @@ def nelbo(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0, seed:
     """
     B, T = x_0.shape
     N = T - prefix_length
-    if B < 1 or not 0 <= prefix_length < T:
+    if min(B, batch_size) < 1 or not 0 <= prefix_length < T:
         raise ValueError(f"nothing to measure in {B} rows of {T} tokens after a prefix of {prefix_length}")
     generator = keyed_generator(seed, 0, "nelbo")
 
