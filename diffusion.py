@@ -170,17 +170,24 @@ def corrupt(x_0: Tensor, mask_id: int, generator: Generator | None = None, objec
         paired = is_symmetric(q) and B % 2 == 0
         group, capacity = (2, most + round(most / (mask_levels or most))) if paired else (1, most)
     mask = draw_mask(num_masked, T, T - N, generator)
+    positions, weights = fill_slots(mask, row_weight, group, capacity)
+    return Batch(x_0.masked_fill(mask, mask_id), positions, x_0.flatten()[positions], weights)
 
-    # Lay each group's hidden places into its slots; unused ones ask about its first place, for nothing.
+
+def fill_slots(mask: Tensor, row_weight: Tensor, group: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Flat positions and weights of the hidden places, `capacity` slots for every `group` rows: two (P,).
+
+    A slot that is not needed asks about the first place of its group, with weight 0.
+    """
+    B, T = mask.shape
     grouped = mask.view(B // group, group * T)
     g, place = grouped.nonzero(as_tuple=True)
     slot = grouped.cumsum(1)[g, place] - 1
     positions = (torch.arange(B // group)[:, None] * group * T).repeat(1, capacity)
     weights = torch.zeros(B // group, capacity)
     positions[g, slot] += place
-    weights[g, slot] = row_weight.float().repeat_interleave(num_masked)
-    positions = positions.flatten()
-    return Batch(x_0.masked_fill(mask, mask_id), positions, x_0.flatten()[positions], weights.flatten())
+    weights[g, slot] = row_weight.float().repeat_interleave(mask.sum(1))
+    return positions.flatten(), weights.flatten()
 
 
 def shift_right(tokens: Tensor, mask_id: int) -> Tensor:

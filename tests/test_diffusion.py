@@ -17,15 +17,6 @@ from diffusion import Batch, corrupt, draw_mask, draw_num_masked, evaluate, keye
 MASK = 9  # the mask id of all tests: outside every vocabulary used here
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tables this small only lose time when their work is handed to other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -181,7 +172,7 @@ def test_counts_are_between_1_and_N(B, N, mask_ratio):
     assert counts.min() >= 1 and counts.max() <= N
 
 
-def marginals(B: int, N: int, draws: int = 1500, **options) -> Tensor:
+def marginals(B: int, N: int, draws: int = 1000, **options) -> Tensor:
     """(B,N): how often each row hid each count over independent draws."""
     counts = torch.stack([draw_num_masked(B, N, rng(seed), **options) for seed in range(draws)])
     return torch.stack([torch.bincount(row, minlength=N + 1)[1:] for row in counts.T])
@@ -497,20 +488,21 @@ def test_expected_loss_of_each_weighting_is_its_sum_over_levels(mask_ratio, weig
 def test_importance_weighted_loss_of_small_batches_has_no_bias(B):
     x_0 = torch.zeros(B, 8, dtype=torch.int64)
     model = level_network(some_curve)
-    draws = torch.stack([loss(model, corrupt(x_0, MASK, rng(s), mask_ratio="bell")) for s in range(800)])
+    draws = torch.stack([loss(model, corrupt(x_0, MASK, rng(s), mask_ratio="bell")) for s in range(400)])
     expected = some_curve(torch.arange(1, 9).double()).mean()
     assert draws.std() > 0.05  # single batches do scatter
     assert abs(draws.mean() - expected) < 3 * draws.std() / len(draws) ** 0.5
 
 
+@pytest.mark.parametrize("N", [14, 20, 24])
 @pytest.mark.parametrize("mask_ratio, B", [("uniform", 20), ("bell", 1000)])
-def test_ten_levels_price_the_ten_step_sampler(mask_ratio, B):
-    # NELBO_10 = (1/10) sum of CE(kN/10). For N = 20 the partners N + 2 - m run over the same ten levels;
-    # ten pairs hold each level once, 500 pairs hold the bell's q(k), multiples of 1/500, exactly.
-    x_0 = torch.zeros(B, 20, dtype=torch.int64)
-    batch = corrupt(x_0, MASK, rng(), mask_levels=10, mask_ratio=mask_ratio)
-    expected = some_curve(torch.arange(2, 21, 2).double()).mean().item()
-    assert loss(level_network(some_curve), batch).item() == pytest.approx(expected, rel=1e-5)
+def test_ten_levels_price_the_ten_step_sampler(mask_ratio, B, N):
+    # NELBO_10 = (1/10) sum of CE(kN/10). Ten pairs hold each level once; 500 pairs hold the bell's q(k),
+    # multiples of 1/500, exactly. Partners hide N + round(N/10) - m: the same ten levels where 10 divides N.
+    tenths = torch.tensor([round(k * N / 10) for k in range(1, 11)]).double()
+    expected = (some_curve(tenths).mean() + some_curve(N + round(N / 10) - tenths).mean()) / 2
+    batch = corrupt(torch.zeros(B, N, dtype=torch.int64), MASK, rng(), mask_levels=10, mask_ratio=mask_ratio)
+    assert loss(level_network(some_curve), batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_loss_is_the_weighted_cross_entropy_and_has_its_gradient():
@@ -675,10 +667,10 @@ def test_nelbo_of_exact_conditionals_is_the_entropy(T, prefix_length):
 @pytest.mark.parametrize("mask_ratio", CDF)
 def test_mean_training_loss_of_exact_conditionals_is_the_entropy(mask_ratio, B):
     joint = Joint(3)
-    questions = (corrupt(joint.sample(B, s), MASK, rng(5000 + s), mask_ratio=mask_ratio) for s in range(400))
+    questions = (corrupt(joint.sample(B, s), MASK, rng(5000 + s), mask_ratio=mask_ratio) for s in range(200))
     draws = torch.stack([loss(joint.exact(), batch) for batch in questions])
     stderr = draws.std() / len(draws) ** 0.5
-    assert stderr < 0.02
+    assert stderr < 0.03
     assert abs(draws.mean() - joint.entropy() / 3) < 3 * stderr
 
 
@@ -709,9 +701,9 @@ def test_nelbo_of_few_texts_has_no_bias(B, prefix_length):
     joint = Joint(4)
     x_0 = joint.sample(B)
     exact = loss(joint.exact(), joint.every_question(x_0, torch.full((B,), 1 / B), prefix_length)).item()
-    draws = torch.tensor([nelbo(joint.exact(), x_0, MASK, prefix_length, seed=s).nats for s in range(400)])
+    draws = torch.tensor([nelbo(joint.exact(), x_0, MASK, prefix_length, seed=s).nats for s in range(200)])
     assert draws.std() > 0.01  # the masks do differ from seed to seed
-    assert abs(draws.mean() - exact) < 3 * draws.std() / 400**0.5
+    assert abs(draws.mean() - exact) < 3 * draws.std() / 200**0.5
 
 
 def test_standard_error_is_the_scatter_of_the_estimate():

@@ -235,7 +235,7 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another_one(data, tmp_path, cap
     assert main(flags(data, out_dir)) == 2
     assert "holds a run" in capsys.readouterr().err
     assert main(flags(data, out_dir, resume=True, learning_rate=0.5)) == 2
-    assert "cannot resume with learning_rate 0.5: the run has 0.003" in capsys.readouterr().err
+    assert "cannot resume with learning_rate 0.5: the run has 0.01" in capsys.readouterr().err
     other = dataclasses.asdict(TrainConfig(**TINY))["n_embd"] * 2
     assert main(flags(data, tmp_path / "new", init_from=out_dir, n_embd=other)) == 2
     assert "asked for is a" in capsys.readouterr().err
