@@ -210,6 +210,8 @@ def row_weights(num_masked: Tensor, N: int, q: Tensor, weighting: str) -> Tensor
     if weighting != "nelbo":
         raise ValueError(f"weighting {weighting!r} is unknown; known: {', '.join(WEIGHTINGS)}")
     k = (num_masked * L / N).round().long().clamp(1, L)
+    if is_symmetric(q):  # the two levels of a pair are equally likely
+        k = k[::2].repeat_interleave(2)[:B]
     return 1 / (B * L * q[k - 1] * num_masked)
 
 

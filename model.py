@@ -7,7 +7,7 @@ ones. `causal=True` puts that line back, so the same file is also the autoregres
 
 Of the modern recipe it takes what was measured to help (docs/recipe.md): rotary positions,
 normalised queries and keys, parameter-free RMSNorm, ReLU^2, no biases, output projections that start
-at zero (every block begins as the identity, and the first loss is exactly ln V).
+at zero (every block begins as the identity), and one table for embedding and head.
 
 Letters used everywhere: B rows, T tokens, C channels, H heads, D = C/H, V vocabulary, P predictions.
 """
@@ -104,9 +104,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        # One table serves as embedding and as head: measured better than two, and a third fewer parameters.
         self.embedding = nn.Embedding(round_up(config.vocab_size + 1), config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.head = nn.Linear(config.n_embd, round_up(config.vocab_size), bias=False)
         rotary = rotary_table(config.context_length, config.n_embd // config.n_head)
         self.register_buffer("rotary", rotary, persistent=False)
         self.init_weights()
@@ -118,7 +118,6 @@ class Transformer(nn.Module):
                 nn.init.normal_(matrix.weight, std=matrix.in_features**-0.5)
             for matrix in (block.attention.proj, block.down):
                 nn.init.zeros_(matrix.weight)
-        nn.init.zeros_(self.head.weight)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits of the V real tokens, for every place or only for some.
@@ -136,8 +135,8 @@ class Transformer(nn.Module):
         x = norm(x)  # (B,T,C)
         if positions is not None:
             x = x.flatten(0, 1)[positions]  # (P,C)
-        # Neither the mask token nor the padding has an output: what is not there cannot be sampled.
-        return self.head(x)[..., : self.config.vocab_size]
+        # The rows of the mask token and of the padding are cut off: what is not there cannot be sampled.
+        return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -156,9 +155,8 @@ def flops_per_token(config: ModelConfig, predicted_share: float = 1.0) -> float:
 
 
 def optimizer_groups(model: Transformer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices, tables): the 2-D weights inside the blocks, for Muon; embedding and head, for AdamW."""
-    matrices = list(model.blocks.parameters())
-    return matrices, [model.embedding.weight, model.head.weight]
+    """(matrices, tables): the 2-D weights inside the blocks, for Muon; the embedding, for AdamW."""
+    return list(model.blocks.parameters()), [model.embedding.weight]
 
 
 # --- Checkpoints: a folder holds config.json, log.jsonl, state.pt (all that resuming reads) and model.pt

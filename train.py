@@ -76,7 +76,7 @@ class TrainConfig:
     micro_batch_size: int = knob(0, "rows per forward pass, to fit memory (0: all)", low=0)
     optimizer: str = knob("muon", "muon (for matrices, adamw for the rest) or adamw", ("muon", "adamw"))
     muon_learning_rate: float = knob(0.02, "for the matrices inside the blocks", low=1e-12)
-    learning_rate: float = knob(0.01, "for embedding and head (adamw: for all; try 1e-3)", low=1e-12)
+    learning_rate: float = knob(0.01, "for the embedding (adamw: for everything; try 1e-3)", low=1e-12)
     weight_decay: float = knob(0.0, "decoupled, on all weights", low=0)
     warmup_steps: int = knob(50, "linear rise of the learning rates", low=0)
     decay_share: float = knob(0.6, "last share of the run, in which they fall linearly", low=0, high=1)

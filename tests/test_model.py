@@ -24,7 +24,7 @@ def fresh(**changes) -> Transformer:
 
 @torch.no_grad()
 def randomised(**changes) -> Transformer:
-    """A network that computes something: fresh ones have zero output projections and a zero head."""
+    """A network that computes something: fresh ones have output projections of zero."""
     net = fresh(**changes)
     for weight in net.parameters():
         weight.normal_(std=weight.size(-1) ** -0.5)
@@ -64,14 +64,14 @@ def test_a_text_longer_than_the_context_is_refused():
         fresh()(torch.zeros(1, 13, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("V", [2, 257])
-def test_an_untrained_network_has_a_cross_entropy_of_exactly_ln_V(V):
+@pytest.mark.parametrize("V", [257, 50257])
+def test_an_untrained_network_has_a_cross_entropy_of_about_ln_V_at_hidden_places(V):
+    # There it sees the mask token, whose embedding, drawn like all others with deviation 0.02, it multiplies
+    # with theirs after norm(): logits of deviation 0.02 sqrt(C) = 0.11, which costs half its square.
     net = fresh(vocab_size=V)
-    tokens = some_tokens(net)
-    logits = net(tokens)
-    assert (logits == logits[..., :1]).all()  # uniform to the last bit
-    targets = torch.randint(0, V, (tokens.numel(),), generator=torch.Generator().manual_seed(2))
-    assert F.cross_entropy(logits.flatten(0, 1), targets).item() == pytest.approx(math.log(V), rel=1e-6)
+    logits = net(torch.full((1, 1), net.config.mask_id))[0, 0]
+    cross_entropy = (logits.logsumexp(-1) - logits.mean()).item()  # for a target drawn evenly
+    assert math.log(V) <= cross_entropy < math.log(V) + 0.02
 
 
 def test_an_untrained_block_is_the_identity():
@@ -93,10 +93,9 @@ def test_padded_rows_of_the_tables_never_reach_the_output():
     net = randomised(vocab_size=65)
     tokens = some_tokens(net)
     before = net(tokens)
-    assert len(net.embedding.weight) > 66 and len(net.head.weight) > 65  # otherwise this proves nothing
+    assert len(net.embedding.weight) > 66  # otherwise this proves nothing
     with torch.no_grad():
         net.embedding.weight[66:] = math.nan  # the mask token's row is number 65
-        net.head.weight[65:] = math.nan
     assert torch.equal(net(tokens), before)
 
 
@@ -142,7 +141,7 @@ def test_the_network_is_its_recipe_written_out(causal):
             heads.append(scores.softmax(-1) @ v)
         x = x + torch.cat(heads, -1) @ block.attention.proj.weight.T
         x = x + (rms(x) @ block.up.weight.T).clamp(min=0).square() @ block.down.weight.T
-    torch.testing.assert_close(net(tokens), (rms(x) @ net.head.weight.T)[..., :11], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(net(tokens), (rms(x) @ net.embedding.weight.T)[..., :11], atol=1e-5, rtol=1e-5)
 
 
 # ---- who sees whom --------------------------------------------------------------------------------
@@ -232,13 +231,13 @@ def test_channels_that_heads_or_rotary_pairs_cannot_share_are_refused_by_name(n_
         ModelConfig(**SHAPE | {"n_embd": n_embd, "n_head": n_head})
 
 
-@pytest.mark.parametrize("V, embedding_rows, head_rows", [(2, 64, 64), (64, 128, 64), (257, 320, 320)])
-def test_number_of_parameters_is_the_closed_formula(V, embedding_rows, head_rows):
+@pytest.mark.parametrize("V, rows", [(2, 64), (63, 64), (64, 128), (257, 320)])
+def test_number_of_parameters_is_the_closed_formula(V, rows):
     # A block: 3C*C for queries, keys, values, C*C for their projection, 4C*C up and 4C*C down: 12 C^2.
-    # Tables: V+1 embeddings and V outputs of C channels, rows rounded up to multiples of 64.
+    # One table: V+1 embeddings of C channels, rows rounded up to a multiple of 64.
     for L, C in [(1, 32), (3, 48)]:
         net = fresh(vocab_size=V, n_layer=L, n_embd=C)
-        assert model.count_parameters(net) == 12 * L * C**2 + (embedding_rows + head_rows) * C
+        assert model.count_parameters(net) == 12 * L * C**2 + rows * C
 
 
 def test_flops_are_six_per_weight_used_plus_attention():
