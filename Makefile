@@ -11,7 +11,7 @@ quickstart: .venv/installed
 	$(BIN)/python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
 	$(BIN)/python train.py configs/quickstart.toml
 	$(BIN)/python sample.py --checkpoint out/quickstart --prefix "The state of the Union " --num-samples 4 \
-		--temperature 0.6 | tee out/quickstart/samples.txt
+		--order confidence | tee out/quickstart/samples.txt
 	$(BIN)/python -m bench.words data/sotu out/quickstart/samples.txt
 
 test: .venv/installed-dev
