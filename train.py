@@ -431,6 +431,8 @@ def train(cfg: TrainConfig) -> int:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if world > 1:
+        del network  # or else it outlives its process group, and now and then never returns from that
+        dist.barrier()
         dist.destroy_process_group()
     if master and step < cfg.steps:
         show(f"stopped after step {step} of {cfg.steps}; the same command with --resume goes on", stays=True)
