@@ -15,6 +15,7 @@ import datetime
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -179,6 +180,14 @@ def choose_device(name: str) -> torch.device:
     if not available[name]:
         raise ConfigError(f"device {name} is not available here; use --device auto or cpu")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def can_compile() -> bool:
+    """torch.compile writes C++ and needs a compiler; without one training is slower, not impossible."""
+    found = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
+    if not found:
+        print("train.py: no C++ compiler found, so nothing is compiled; g++ would be faster", file=sys.stderr)
+    return found
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -347,7 +356,7 @@ def train(cfg: TrainConfig) -> int:
 
     # --- the loop ----------------------------------------------------------------------------------
     network = DistributedDataParallel(model) if world > 1 else model
-    step_loss = torch.compile(loss) if cfg.compile else loss
+    step_loss = torch.compile(loss) if cfg.compile and can_compile() else loss
     signals: list[int] = []  # SIGINT and SIGTERM ask to finish the step, save and stop
     handlers = {number: signal.signal(number, lambda number, frame: signals.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}

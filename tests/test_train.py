@@ -107,6 +107,14 @@ def test_the_step_is_compiled_once_whatever_happens_between_steps(data, tmp_path
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_without_a_compiler_it_trains_uncompiled_with_one_warning(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(torch, "compile", None)
+    run(data, tmp_path / "out", compile=True, steps=2)
+    assert capsys.readouterr().err == (
+        "train.py: no C++ compiler found, so nothing is compiled; g++ would be faster\n")
+
+
 def test_the_first_loss_is_about_ln_V(data, tmp_path):
     out_dir = run(data, tmp_path / "out", steps=1, log_interval=1)
     assert log(out_dir)[0]["loss"] == pytest.approx(math.log(257), abs=0.03)
