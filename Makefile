@@ -9,7 +9,7 @@ BIN = .venv/bin
 
 quickstart: .venv/installed
 	$(BIN)/python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
-	$(BIN)/python train.py configs/quickstart.toml
+	$(BIN)/python train.py configs/quickstart.toml $(if $(wildcard out/quickstart/state.pt),--resume)
 	$(BIN)/python sample.py --checkpoint out/quickstart --prefix "The state of the Union " --num-samples 4 \
 		--order confidence | tee out/quickstart/samples.txt
 	$(BIN)/python -m bench.words data/sotu out/quickstart/samples.txt

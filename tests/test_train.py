@@ -68,6 +68,13 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(data, tmp_path, optimi
     assert_same(read_checkpoint_file(whole / "model.pt")[0], read_checkpoint_file(parts / "model.pt")[0])
 
 
+def test_resuming_a_finished_run_changes_nothing(data, tmp_path):
+    out_dir = run(data, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out_dir.glob("*.pt")} | {"log": log(out_dir)}
+    run(data, out_dir, resume=True)
+    assert before == {path.name: path.read_bytes() for path in out_dir.glob("*.pt")} | {"log": log(out_dir)}
+
+
 def test_evaluating_and_saving_do_not_change_training(data, tmp_path):
     often = run(data, tmp_path / "often", eval_interval=1)
     never = run(data, tmp_path / "never", eval_interval=99)
