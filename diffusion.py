@@ -14,6 +14,7 @@ row; m how many of them are hidden; t = m/N the mask ratio; CE(m) the mean cross
 tokens when m are hidden, in nats.
 """
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,6 @@ def keyed_generator(seed: int, step: int, purpose: str) -> Generator:
 MASK_RATIOS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda t: t,  # every level equally often: the bound itself
     "bell": lambda t: 3 * t**2 - 2 * t**3,  # Beta(2,2): few nearly clean and few nearly empty rows
-    "middle": lambda t: ((t - 0.2) / 0.6).clamp(0, 1),  # uniform on [0.2, 0.8]
 }
 
 
@@ -98,7 +98,7 @@ def draw_mask(num_masked: Tensor, T: int, prefix_length: int, generator: Generat
 # --- 2. What the network is asked: one form for three objectives ----------------------------------
 
 OBJECTIVES = ("diffusion", "mlm", "autoregressive")
-WEIGHTINGS = ("nelbo", "row", "token")
+WEIGHTINGS = ("nelbo", "token")
 
 
 class Batch(NamedTuple):
@@ -163,9 +163,6 @@ def corrupt(x_0: Tensor, mask_id: int, generator: Generator | None = None, objec
         num_masked = draw_num_masked(B, N, generator, mask_levels, mask_ratio)
         row_weight = row_weights(num_masked, N, level_probabilities(mask_levels or N, mask_ratio), weighting)
         q = level_probabilities(mask_levels or most, mask_ratio)
-        if weighting == "nelbo" and (q <= 0).any():
-            raise ValueError(f"mask_ratio {mask_ratio} never draws some levels, so no weight makes its loss "
-                             "the NELBO: use weighting row or token")
         # A group of rows fills at most `capacity` places: a pair its constant total, a lone row all of them.
         paired = is_symmetric(q) and B % 2 == 0
         group, capacity = (2, most + round(most / (mask_levels or most))) if paired else (1, most)
@@ -199,16 +196,15 @@ def row_weights(num_masked: Tensor, N: int, q: Tensor, weighting: str) -> Tensor
     """(B,) weight of each hidden token of a row that hides m, its level drawn from q(1..L).
 
     "nelbo"  1 / (B L q(k) m): the loss estimates the NELBO whatever q is, if q > 0; uniform q: 1 / (B m)
-    "row"    1 / (B m): rows count alike. Under a q that is not uniform, another objective than the NELBO
-    "token"  1 / sum of m: hidden tokens count alike, which weighs level m by m. Another objective too
+    "token"  1 / sum of m: hidden tokens count alike, which weighs level m by m. Another objective
     """
     B, L = len(num_masked), len(q)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting {weighting!r} is unknown; known: {', '.join(WEIGHTINGS)}")
     if weighting == "token":
         return torch.full((B,), 1 / num_masked.sum().item())
-    if weighting == "row":
-        return 1 / (B * num_masked)
-    if weighting != "nelbo":
-        raise ValueError(f"weighting {weighting!r} is unknown; known: {', '.join(WEIGHTINGS)}")
+    if (q <= 0).any():
+        raise ValueError("this mask_ratio never draws some levels: only weighting token suits it")
     k = (num_masked * L / N).round().long().clamp(1, L)
     if is_symmetric(q):  # the two levels of a pair are equally likely
         k = k[::2].repeat_interleave(2)[:B]
@@ -320,144 +316,313 @@ SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "cosine": lambda u: (1 + torch.cos(math.pi * u)) / 2,  # slow, fast, slow (MaskGIT's is cos(pi u / 2))
     "exponential": lambda u: torch.exp(-3 * u),  # fast at first; the last step fills the last 5%
 }
+Schedule = str | Sequence[int]  # a name, or falling hidden counts [N, ..., 0]
 
 
-def hidden_counts(schedule: str | Sequence[int], num_hidden: Tensor, steps: int) -> Tensor:
-    """How many tokens of each row are still hidden before step i: (steps+1, B), from `num_hidden` (B,) to 0.
-
-    A row with N hidden tokens uses S = min(steps, N) steps: m_i = round(N f(i/S)), lowered where needed to be
-    strictly decreasing, and raised to leave at least one token for each later step. A schedule may
-    also be a list of counts [n, ..., 0], whose length sets the steps; it is rescaled to each row's N.
-    """
+def hidden_shares(schedule: Schedule, u: Tensor) -> Tensor:
+    """f(u) of a schedule, any shape: exactly 0 from u = 1 on."""
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} is unknown; known: {', '.join(SCHEDULES)}")
-        f = SCHEDULES[schedule]
-    else:
-        given = torch.tensor(schedule, dtype=torch.float64)
-        if len(given) < 2 or given[-1] != 0 or (given.diff() >= 0).any():
-            raise ValueError(f"a schedule must fall strictly from some count to 0, not {list(schedule)}")
-        steps = len(given) - 1
+        return SCHEDULES[schedule](u) * (u < 1)
+    counts = np.array(schedule, dtype=float)
+    if len(counts) < 2 or counts[-1] != 0 or (np.diff(counts) >= 0).any():
+        raise ValueError(f"a schedule must fall strictly from some count to 0, not {list(schedule)}")
+    return torch.from_numpy(np.interp(u, np.linspace(0, 1, len(counts)), counts / counts[0]))
 
-        def f(u: Tensor) -> Tensor:
-            return torch.from_numpy(np.interp(u * steps, np.arange(steps + 1), given / given[0]))
 
-    if steps < 1:
+def hidden_counts(schedule: Schedule, num_hidden: Tensor, steps: int, strict: bool = True) -> Tensor:
+    """How many tokens of each row are still hidden before step i: (S+1, B), from `num_hidden` (B,) to 0.
+
+    A row with N hidden tokens uses S = min(steps, N) steps: m_i = round(N f(i/S)), lowered where needed to be
+    strictly decreasing, and raised to leave at least one token for each later step; the longest row sets the
+    length S of the result. Not `strict`: m_i = round(N f(i/steps)) as it is. A schedule that is a list of
+    counts sets the steps by its length, and is rescaled to each row's N.
+    """
+    if not isinstance(schedule, str):
+        steps = len(schedule) - 1
+    elif steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     N = num_hidden.cpu().double()
-    S = N.clamp(max=steps)
-    i = torch.arange(steps + 1, dtype=torch.float64)[:, None]
-    m = (N * f((i / S.clamp(min=1)).clamp(max=1))).round() * (i < S)
-    m = (m + i).cummin(0).values - i  # strictly decreasing
-    return m.maximum(S - i).clamp(min=0).long()  # one token at least for each step that is left
+    S = N.clamp(max=steps) if strict else torch.full_like(N, steps)
+    i = torch.arange(int(S.max()) + 1, dtype=torch.float64)[:, None]
+    m = (N * hidden_shares(schedule, i / S.clamp(min=1))).round()
+    if strict:
+        m = (m + i).cummin(0).values - i  # strictly decreasing
+        m = m.maximum(S - i).clamp(min=0)  # one token at least for each step that is left
+    return m.long()
+
+
+def schedule_nelbo(curve: Curve, schedule: Schedule, steps: int) -> float:
+    """The NELBO of a sampler that reveals *random* places by this schedule, in nats per token:
+
+        NELBO_S = (1/N) sum_i (m_i - m_{i+1}) CE(m_i),   m_0 = N > m_1 > ... > m_S = 0
+
+    an upper bound on -log p(text) / N for what it writes at temperature 1 without truncation; with one token
+    a step it is the NELBO itself. CE is interpolated between the counts that `curve` holds.
+    """
+    m = hidden_counts(schedule, torch.tensor([curve.N]), steps)[:, 0].numpy()
+    return float(-np.diff(m) @ np.interp(m[:-1], curve.counts, curve.nats) / curve.N)
+
+
+def smooth(curve: Curve) -> Curve:
+    """The same curve at every count, from a cubic in m/N fitted by the standard errors.
+
+    What is optimised would otherwise chase the noise of the measurement, which costs more than it gains.
+    """
+    weights = 1 / np.maximum(np.nan_to_num(curve.stderr, nan=1.0), 1e-3)
+    counts = np.arange(1, curve.N + 1)
+    cubic = np.polynomial.Polynomial.fit(curve.counts, curve.nats, min(3, len(curve.counts) - 1), w=weights)
+    return Curve(curve.N, counts.tolist(), cubic(counts).tolist(), [math.nan] * curve.N)
+
+
+def optimal_schedule(curve: Curve, steps: int) -> list[int]:
+    """The hidden counts [N, ..., 0] of the cheapest schedule of min(steps, N) steps, by `schedule_nelbo`.
+
+    Dynamic programming: the cheapest way from m hidden tokens to none in s steps is the cheapest first step,
+    (m - k) CE(m), followed by the cheapest way from k to none in s - 1.
+    """
+    m = np.arange(curve.N + 1)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    ce = np.interp(m, curve.counts, curve.nats)
+    step_cost = np.where(m[:, None] > m, (m[:, None] - m) * ce[:, None], math.inf)  # (from m, to k)
+    cost, best_k = step_cost[:, 0], []  # with one step left, everything is revealed
+    for _ in range(min(steps, curve.N) - 1):
+        total = step_cost + cost
+        best_k.append(total.argmin(1))
+        cost = total.min(1)
+    counts = [curve.N]
+    for k in reversed(best_k):
+        counts.append(int(k[counts[-1]]))
+    return [*counts, 0]
 
 
 # --- 5. The sampling loop -------------------------------------------------------------------------
 
+Adjust = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits (P,V), x (B,T), positions (P,)) -> logits
+
+
+def ban(tokens: Sequence[int]) -> Adjust:
+    """An `adjust` under which these tokens are never written."""
+    banned = torch.tensor(tokens, dtype=torch.int64)
+    return lambda logits, x, positions: logits.index_fill(1, banned.to(logits.device), -math.inf)
+
+
+def penalize_repetition(penalty: float) -> Adjust:
+    """An `adjust` that divides by `penalty` the odds of every token that its row already holds."""
+    if not 0 < penalty < math.inf:
+        raise ValueError(f"the repetition penalty must be positive, not {penalty}")
+
+    def adjust(logits: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+        V = logits.size(1)
+        seen = logits.new_zeros(x.size(0), V + 1).scatter_(1, x.clamp(max=V), 1)[:, :V]  # not the mask token
+        return logits - math.log(penalty) * seen[positions // x.size(1)]
+
+    return adjust
+
 
 def draw_tokens(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
-                top_p: float | None = None, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draw one token per row of `logits` (P,V): (tokens (P,), their probability under the model (P,)).
+                top_p: float | None = None, generator: Generator | None = None) -> Tensor:
+    """Draw one token per row of `logits` (P,V): (P,).
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p (nucleus) the fewest whose
     probabilities reach top_p. The draw inverts the CDF in float64: races of fp32 noise never reach the
-    tail and act like a lower temperature (arXiv:2409.02908). The returned probability is the untempered one.
+    tail and act like a lower temperature (arXiv:2409.02908).
     """
-    if logits.device.type == "mps":  # has no float64
-        logits = logits.cpu()
-    logits = logits.double()
     if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        p = (logits / temperature).softmax(-1)
-        if top_k is not None and top_k < p.size(-1):
-            value, index = p.topk(top_k, dim=-1)
-            p = torch.zeros_like(p).scatter_(-1, index, value)
-        if top_p is not None:
-            value, index = p.sort(dim=-1, descending=True)
-            value /= value.sum(-1, keepdim=True)
-            value[value.cumsum(-1) - value >= top_p] = 0  # the likelier ones already reach top_p
-            p = torch.zeros_like(p).scatter_(-1, index, value)
-        cdf = p.cumsum(-1)
-        u = torch.rand(p.size(0), 1, dtype=torch.float64, generator=generator).to(p.device)
-        # Shrunk by a hair, so that rounding cannot carry u past the last token that has a probability.
-        u = u * cdf[:, -1:] * (1 - 1e-15)
-        tokens = torch.searchsorted(cdf, u, right=True).squeeze(1)
-    chosen = logits.gather(-1, tokens[:, None]).squeeze(1)
-    return tokens, (chosen - logits.logsumexp(-1)).exp()
+        return logits.argmax(1)
+    p = (logits.float() / temperature).softmax(1)
+    if top_k is not None and top_k < p.size(1):
+        value, index = p.topk(top_k, dim=1)
+        p = torch.zeros_like(p).scatter_(1, index, value)
+    if top_p is not None:
+        value, index = p.sort(dim=1, descending=True)
+        value /= value.sum(1, keepdim=True)
+        value[value.cumsum(1) - value >= top_p] = 0  # the likelier ones already reach top_p
+        p = torch.zeros_like(p).scatter_(1, index, value)
+    if p.device.type == "mps":  # has no float64
+        p = p.cpu()
+    cdf = p.cumsum(1, dtype=torch.float64)
+    u = torch.rand(p.size(0), 1, dtype=torch.float64, generator=generator).to(p.device)
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(1).to(logits.device)
 
 
 def largest(score: Tensor, among: Tensor, quota: Tensor) -> Tensor:
     """(B,T) bool: in row b the quota[b] places with the largest score among those marked in `among`."""
+    score = score.clamp(min=torch.finfo(score.dtype).min)  # a score may be -inf, and is a place all the same
     ranking = score.masked_fill(~among, -math.inf).argsort(dim=1, descending=True, stable=True)
     first = torch.arange(score.size(1), device=score.device) < quota[:, None]
     return torch.zeros_like(among).scatter_(1, ranking, first) & among
 
 
-ORDERS = ("random", "left_to_right", "confidence")
+# Which hidden places are committed next: those of the highest score(log p (P,V), drawn tokens (P,)) -> (P,),
+# in nats. None: decided without asking the network, so that its head runs once per token in all.
+ORDERS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+    "random": None,
+    "left_to_right": None,
+    "ancestral": None,  # each by itself, with probability (alpha_s - alpha_t) / (1 - alpha_t): D3PM, MDLM
+    "confidence": lambda log_p, tokens: log_p.gather(1, tokens[:, None]).squeeze(1),
+    "margin": lambda log_p, tokens: log_p.exp().topk(2, dim=1).values.diff(dim=1).neg().log().squeeze(1),
+    "entropy": lambda log_p, tokens: -torch.special.entr(log_p.exp()).sum(1),
+}
+
+# The chance sigma(limit, alpha_s, p) that a committed token is hidden again, a number or (B,T). alpha_s: the
+# share to be visible after this step. p (B,T): the probability with which each token was committed, infinite
+# at other places. limit = min(1, (1 - alpha_s) / alpha_t): the largest chance that leaves as many hidden as
+# the schedule says; what exceeds it is cut (ReMDM, arXiv:2503.00307).
+REMASKS: dict[str, Callable[[float, float, Tensor], float | Tensor]] = {
+    "none": lambda limit, alpha_s, p: 0.0,
+    "renoise": lambda limit, alpha_s, p: 1 - alpha_s,  # a fresh random share of all that is written
+    "cap": lambda limit, alpha_s, p: 0.02,
+    "rescale": lambda limit, alpha_s, p: 0.05 * limit,
+    "conf": lambda limit, alpha_s, p: limit * (-p).softmax(1).nan_to_num(),  # the unsure ones
+}
+
+
+class State(NamedTuple):
+    """What `denoise` has written so far."""
+
+    tokens: Tensor  # (B,T) int64, mask_id where hidden
+    probability: Tensor  # (B,T) float32, of each token when it was committed; 1 where given, 0 where hidden
+    calls: int  # how often the network was asked
+
+
+def check_options(order: object, remask: object, temperature: float, gumbel: float, top_k: int | None,
+                  top_p: float | None, threshold: float | None, block_length: int | None) -> None:
+    """Raise ValueError for the argument of `denoise` that makes no sense."""
+    for name, value, valid, rule in (
+        ("order", order, callable(order) or order in ORDERS, f"one of {', '.join(ORDERS)}"),
+        ("remask", remask, callable(remask) or remask in REMASKS, f"one of {', '.join(REMASKS)}"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or positive"),
+        ("gumbel", gumbel, 0 <= gumbel < math.inf, "0 or positive"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
+        ("threshold", threshold, threshold is None or 0 < threshold <= 1, "in (0, 1]"),
+        ("block_length", block_length, block_length is None or block_length >= 1, "at least 1"),
+    ):
+        if not valid:
+            raise ValueError(f"{name} must be {rule}, not {value!r}")
+
+
+def plan_blocks(holes: Tensor, block_length: int | None, schedule: Schedule, steps: int,
+                strict: bool) -> list[tuple[Tensor, Tensor, list[float]]]:
+    """For each block of holes, left to right: its places (B,T), the counts (S+1,B) to stay hidden, and
+    alpha, the S+1 shares to be visible."""
+    tokens_left, plans = int(holes.sum(1).max()), []
+    length = block_length or max(1, tokens_left)
+    block_of = (holes.cumsum(1) - 1) // length
+    blocks_left = math.ceil(tokens_left / length)
+    if isinstance(schedule, str) and steps < max(1, blocks_left):
+        raise ValueError(f"steps must be at least {max(1, blocks_left)}, not {steps}")
+    for block in range(blocks_left):
+        places = holes & (block_of == block)
+        # Steps in proportion to the block's tokens, and at least one for each block.
+        blocks_left -= 1
+        block_steps = min(max(1, round(steps * min(1, length / tokens_left))), max(1, steps - blocks_left))
+        steps, tokens_left = steps - block_steps, tokens_left - length
+        counts = hidden_counts(schedule, places.sum(1), block_steps, strict)
+        alpha = 1 - hidden_shares(schedule, torch.linspace(0, 1, len(counts), dtype=torch.float64))
+        plans.append((places, counts.to(holes.device), alpha.tolist()))
+    return plans
+
+
+def ask(model: Model, x: Tensor, positions: Tensor, adjust: Adjust | None) -> Tensor:
+    """(P,V) float32: the log-probabilities of the tokens at these places."""
+    logits = model(x, positions)
+    if adjust is not None:
+        logits = adjust(logits, x, positions)
+    if not logits.amax(1).isfinite().all():
+        raise ValueError("the network, or adjust, leaves no token possible at some place")
+    return logits.float().log_softmax(1)
 
 
 @torch.no_grad()
-def denoise(model: Model, x: Tensor, mask_id: int, steps: int, schedule: str | Sequence[int] = "linear",
-            order: str = "random", temperature: float = 1.0, top_k: int | None = None,
-            top_p: float | None = None, adjust: Callable[..., Tensor] | None = None,
-            generator: Generator | None = None) -> Iterator[Tensor]:
-    """Fill every place of x (B,T) that equals `mask_id`; yield x before the first and after each step.
+def denoise(model: Model, x: Tensor, mask_id: int, steps: int, schedule: Schedule = "linear",
+            order: str | Callable = "random", temperature: float = 1.0, top_k: int | None = None,
+            top_p: float | None = None, remask: str | Callable | None = None, threshold: float | None = None,
+            block_length: int | None = None, gumbel: float = 0.0, adjust: Adjust | None = None,
+            generator: Generator | None = None) -> Iterator[State]:
+    """Fill every place of x (B,T) that equals `mask_id`; yield the state at first and after each step.
 
     Everything else is given and never changed, wherever it stands: free generation, continuing a prefix
-    and infilling are one call, and rows may have different numbers of holes. Each step asks the network once.
+    and infilling are one call, and rows may have different numbers of holes. A step asks the network once;
+    a step in which nothing changes is skipped.
 
-    schedule:  how many tokens stay hidden after each step (`hidden_counts`)
-    order:     which hidden places are committed next: "random", "left_to_right", or "confidence", those
-               whose drawn token the network gives the highest probability
-    adjust:    adjust(logits (P,V), x, positions (P,)) -> logits, for guidance, constraints, penalties
-    temperature, top_k, top_p:  `draw_tokens`
+    schedule:      how many tokens stay hidden after each step (`hidden_counts`)
+    order:         which hidden places are committed next: a name in ORDERS, or a score like those
+    gumbel:        size of the Gumbel noise on such scores, falling linearly to 0 over the steps (MaskGIT,
+                   arXiv:2202.04200): order confidence first commits in proportion to p^(1/gumbel)
+    remask:        which committed tokens are hidden again: a name in REMASKS, or a chance like those. With
+                   it, as with order ancestral, `steps` may exceed the number of tokens
+    threshold:     every token with a probability above it is committed too, one per row at least; the
+                   schedule is then the slowest pace, and `steps` a cap
+    block_length:  fill blocks of so many hidden tokens one after another, left to right, in `steps` in all
+                   (a schedule given as a list is followed in each block)
+    adjust:        adjust(logits (P,V), x, positions (P,)) -> logits: guidance, constraints, penalties
+    temperature, top_k, top_p:  `draw_tokens`; order, threshold, remask look at probabilities without these
+    generator:     of the CPU; the same one writes the same text
     Raises ValueError for arguments that make no sense, before the first step.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order {order!r} is unknown; known: {', '.join(ORDERS)}")
-    if temperature < 0 or not math.isfinite(temperature):
-        raise ValueError(f"temperature must be 0 (greedy) or positive, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
-
+    remask = remask or "none"
+    check_options(order, remask, temperature, gumbel, top_k, top_p, threshold, block_length)
+    score_of = order if callable(order) else ORDERS[order]
+    sigma_of = remask if callable(remask) else REMASKS[remask]
+    known = score_of is None and threshold is None  # whether places are chosen before the network is asked
     B, T = x.shape
-    x = x.clone()
-    counts = hidden_counts(schedule, (x == mask_id).sum(1), steps).to(x.device)  # (steps+1, B)
-    priority = None  # a fixed ranking of places, where the order does not depend on what the network says
-    if order == "random":
-        priority = torch.rand(B, T, generator=generator).to(x.device)
-    elif order == "left_to_right":
-        priority = -torch.arange(T, device=x.device).float().expand(B, T)
+    device, holes, leftmost = x.device, x == mask_id, -torch.arange(T, device=x.device).float().expand(B, T)
+    plans = plan_blocks(holes, block_length, schedule, steps, remask == "none" and order != "ancestral")
 
-    yield x.clone()
-    for quota in -counts.diff(dim=0):  # (B,): tokens to commit in this step
-        if not quota.any():  # every row is done
-            return
-        hidden = x == mask_id
-        # Places known beforehand: the head runs once per token in all. Otherwise: at every hidden place.
-        asked = hidden if priority is None else largest(priority, hidden, quota)
-        positions = asked.flatten().nonzero().squeeze(1)  # (P,)
-        logits = model(x, positions)
-        if adjust is not None:
-            logits = adjust(logits, x, positions)
-        tokens, confidence = draw_tokens(logits, temperature, top_k, top_p, generator)
-        tokens, confidence = tokens.to(x.device), confidence.to(x.device)
-        if priority is None:
-            score = torch.zeros(B, T, dtype=confidence.dtype, device=x.device)
-            score.view(-1)[positions] = confidence
-            commit = largest(score, hidden, quota).flatten()[positions]
-            positions, tokens = positions[commit], tokens[commit]
-        x.view(-1)[positions] = tokens
-        yield x.clone()
+    def noise() -> Tensor:
+        return torch.rand(B, T, generator=generator).to(device)
+
+    x, probability, calls = x.clone(memory_format=torch.contiguous_format), (~holes).float(), 0
+    yield State(x.clone(), probability.clone(), calls)
+    for places, counts, alpha in plans:
+        for i, (alpha_t, alpha_s) in enumerate(itertools.pairwise(alpha)):
+            # Which committed tokens go back: `again` (B,T). How many hidden ones are committed: `quota` (B,).
+            hidden = places & (x == mask_id)
+            written = places & ~hidden
+            limit = min(1.0, (1 - alpha_s) / max(alpha_t, 1e-9))
+            sigma = sigma_of(limit, alpha_s, probability.masked_fill(~written, math.inf))
+            sigma = torch.as_tensor(sigma, device=device).clamp(max=limit)
+            again = written & (noise() < sigma)
+            score = leftmost if order == "left_to_right" else noise()
+            if order == "ancestral" and alpha_s < 1:
+                chance = (alpha_s - alpha_t + sigma * alpha_t) / (1 - alpha_t)
+                score = chance - score
+                quota = (hidden & (score > 0)).sum(1)
+            else:
+                again = largest(noise(), again, counts[i + 1])
+                quota = hidden.sum(1) + again.sum(1) - counts[i + 1]
+            if threshold is not None:
+                quota = quota.clamp(min=1).minimum(hidden.sum(1))
+
+            # Ask the network, where it is known already only about the places to be committed, and draw.
+            if quota.any():
+                asked = largest(score, hidden, quota) if known else hidden
+                positions, calls = asked.flatten().nonzero().squeeze(1), calls + 1  # (P,)
+                log_p = ask(model, x, positions, adjust)
+                tokens = draw_tokens(log_p, temperature, top_k, top_p, generator)
+                p = log_p.gather(1, tokens[:, None]).squeeze(1).exp()
+                if score_of is not None:
+                    jitter = -torch.empty(len(p)).exponential_(generator=generator).log().to(device)  # Gumbel
+                    jitter *= gumbel * (1 - i / (len(alpha) - 1))
+                    score.view(-1)[positions] = score_of(log_p, tokens) + jitter
+                commit = largest(score, hidden, quota).flatten()[positions]
+                if threshold is not None:
+                    commit |= p > threshold
+                x.view(-1)[positions[commit]] = tokens[commit]
+                probability.view(-1)[positions[commit]] = p[commit]
+            if quota.any() or again.any():
+                x.masked_fill_(again, mask_id), probability.masked_fill_(again, 0)
+                yield State(x.clone(), probability.clone(), calls)
 
 
 def generate(model: Model, x: Tensor, mask_id: int, steps: int, **options) -> Tensor:
-    """The last state of `denoise`, (B,T), with nothing hidden any more; same arguments."""
+    """The tokens of the last state of `denoise`, (B,T), nothing hidden any more; same arguments."""
     *_, last = denoise(model, x, mask_id, steps, **options)
-    return last
+    return last.tokens
 
 
 def left_to_right_model(model: Model, mask_id: int) -> Model:

@@ -6,11 +6,16 @@
     measuring       python sample.py --checkpoint out/quickstart --score FILE
 
 All three kinds of writing are one call of diffusion.denoise: hidden places are filled, everything else is
-given. The text goes to stdout, figures to stderr.
+given. The text goes to stdout, figures to stderr. --show-steps shows it being written.
 """
 
 import argparse
+import codecs
+import contextlib
+import itertools
+import json
 import math
+import os
 import re
 import sys
 import time
@@ -21,7 +26,19 @@ import torch
 from torch import Tensor
 
 from configs import Parser
-from diffusion import ORDERS, SCHEDULES, denoise, evaluate, left_to_right_model
+from diffusion import (
+    ORDERS,
+    REMASKS,
+    SCHEDULES,
+    Curve,
+    ban,
+    denoise,
+    evaluate,
+    left_to_right_model,
+    optimal_schedule,
+    penalize_repetition,
+    smooth,
+)
 from model import CheckpointError, Transformer, load_checkpoint
 from prepare_data import DataError, get_tokenizer
 
@@ -57,18 +74,47 @@ def starting_tokens(args: argparse.Namespace, model: Transformer, tokenizer: tik
     return torch.tensor([ids] * args.num_samples)
 
 
-def readable(ids: list[int], tokenizer: tiktoken.Encoding, mask_id: int, whole: bool) -> str:
-    """The text of `ids`, hidden places as blocks, cut at the end-of-text token unless `whole`."""
+def token_texts(ids: list[int], tokenizer: tiktoken.Encoding, mask_id: int, whole: bool) -> list[str | None]:
+    """What each token adds to the text, None where hidden; up to the end-of-text token unless `whole`.
+
+    A character of several tokens comes with the last of them. What a model writes must not drive the
+    terminal: control characters are spelled out.
+    """
     if tokenizer.eot_token in ids and not whole:
         ids = ids[: ids.index(tokenizer.eot_token)]
-    text, shown = "", []
-    for token in [*ids, mask_id]:  # decode runs of visible tokens: one character may take several
-        if token == mask_id:
-            text, shown = text + tokenizer.decode(shown) + "\N{LIGHT SHADE}", []
-        else:
-            shown.append(token)
-    # What a model writes must not drive the terminal: control characters are spelled out.
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text[:-1])
+    decoder, texts = codecs.getincrementaldecoder("utf-8")("replace"), []
+    for token, following in zip(ids, [*ids[1:], mask_id], strict=False):
+        text = None
+        if token != mask_id:
+            text = decoder.decode(tokenizer.decode_single_token_bytes(token), final=following == mask_id)
+            text = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+        texts.append(text)
+    return texts
+
+
+HIDDEN, REMASKED = "\N{LIGHT SHADE}", "\N{DARK SHADE}"
+
+
+def draw(text: str | None, before: int, now: int, probability: float, color: bool) -> str:
+    """One place of the view. In colour: black on green where just committed, red where hidden again, plain
+    where given, otherwise grey, the brighter the surer the network was."""
+    if text is None:
+        style, text = ("2", HIDDEN) if before == now else ("31", REMASKED)
+    elif before != now:
+        style = "30;42"
+    else:
+        style = f"38;5;{240 + int(15 * probability)}" if probability < 1 else "0"
+    return f"\033[{style}m{text}\033[0m" if color else text
+
+
+def show(step: int, texts: list, before: list, now: list, probability: list) -> None:
+    """A frame of --show-steps, the arguments (B,T): in place on a terminal, otherwise a group of lines."""
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    color = terminal and not os.environ.get("NO_COLOR")
+    hidden = sum(text is None for row in texts for text in row)
+    print(("\033[H\033[J" if terminal else "") + f"--- step {step}: {hidden} tokens hidden")
+    for row in zip(texts, before, now, probability, strict=True):
+        print("".join(draw(*place, color) for place in zip(*row, strict=False)))
 
 
 def score(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
@@ -92,33 +138,61 @@ def score(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: t
             print(f"{m / N:6.1%} hidden: {nats:.3f} +- {stderr:.3f} nats/token")
 
 
-def write(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
-    """Sample, print the texts, and say what they cost."""
-    mask_id, objective = model.config.mask_id, info["config"]["objective"]
-    x = starting_tokens(args, model, tokenizer).to(args.device)
-    hidden = x == mask_id
-    options = dict(steps=args.steps if args.steps is not None else int(hidden.sum(1).max()),
-                   schedule=args.schedule, order=args.order, temperature=args.temperature,
-                   top_k=args.top_k, top_p=args.top_p)
-    if objective == "autoregressive":
-        options |= dict(steps=x.size(1), schedule="linear", order="left_to_right")
+def sampling_options(args: argparse.Namespace, info: dict, tokenizer: tiktoken.Encoding, holes: int) -> dict:
+    """The arguments of `denoise` that the user asked for; `holes` are the hidden tokens of a row."""
+    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if info["config"]["objective"] == "autoregressive":
         print("note: an autoregressive model writes left to right, a token per step", file=sys.stderr)
-    elif objective == "mlm":
+        return options | dict(steps=holes, order="left_to_right")
+    if info["config"]["objective"] == "mlm":
         print("note: this model learned to restore a fixed, small share of a text (BERT). It has never seen "
               "emptier ones: expect word salad when most of the text is hidden", file=sys.stderr)
-    network = left_to_right_model(model, mask_id) if objective == "autoregressive" else model
+    options |= dict(steps=holes if args.steps is None else args.steps, schedule=args.schedule,
+                    order=args.order, remask=args.remask, threshold=args.threshold,
+                    block_length=args.block_length, gumbel=args.gumbel)
+    if args.schedule == "optimal":
+        curve = (info["evaluation"] or {}).get("curve")
+        if not curve:
+            raise UsageError("--schedule optimal needs a checkpoint that was evaluated; this one was not")
+        options["schedule"] = optimal_schedule(smooth(Curve(**curve)), options["steps"])
+    changes = [ban(tokenizer.encode_ordinary(args.ban))] if args.ban else []
+    changes += [penalize_repetition(args.repetition_penalty)] if args.repetition_penalty is not None else []
+
+    def adjust(logits: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+        for change in changes:
+            logits = change(logits, x, positions)
+        return logits
+
+    return options | {"adjust": adjust}
+
+
+def write(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
+    """Sample, print the texts (or every state of them), and say what they cost."""
+    mask_id = model.config.mask_id
+    x = starting_tokens(args, model, tokenizer).to(args.device)  # (B,T), the same holes in each row
+    holes = int((x[0] == mask_id).sum())
+    options = sampling_options(args, info, tokenizer, holes)
+    network = left_to_right_model(model, mask_id) if model.config.causal else model
     started = time.perf_counter()
     states = denoise(network, x, mask_id, generator=torch.Generator().manual_seed(args.seed), **options)
-    for calls, state in enumerate(states):
-        if args.show_steps:
-            print(f"--- step {calls}: {int((state == mask_id).sum())} tokens hidden")
-            for row in state.tolist():
-                print(readable(row, tokenizer, mask_id, args.whole))
+    start, before = next(states), x.tolist()  # bad options are refused here, before a file is opened
+    with open(args.jsonl, "w", encoding="utf-8") if args.jsonl else contextlib.nullcontext() as log:
+        for step, state in enumerate(itertools.chain([start], states)):
+            if log or args.show_steps:
+                now, probability = state.tokens.tolist(), state.probability.tolist()
+                texts = [token_texts(ids, tokenizer, mask_id, args.whole) for ids in now]
+            if log:
+                line = {"step": step, "tokens": now, "probability": probability, "texts": texts}
+                print(json.dumps(line), file=log)
+            if args.show_steps:
+                show(step, texts, before, now, probability)
+                before = now
     seconds = time.perf_counter() - started
     if not args.show_steps:
-        print("\n---\n".join(readable(row, tokenizer, mask_id, args.whole) for row in state.tolist()))
-    print(f"{int(hidden.sum())} new tokens in {calls} model calls, {hidden.sum() / seconds:,.0f} tokens/s",
-          file=sys.stderr)
+        texts = [token_texts(ids, tokenizer, mask_id, args.whole) for ids in state.tokens.tolist()]
+        print("\n---\n".join("".join(text) for text in texts))
+    new = holes * len(x)
+    print(f"{new} new tokens in {state.calls} model calls, {new / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -131,14 +205,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--length", type=int, help="tokens to write (default: as many as the context holds)")
     add("--num-samples", type=int, default=1, help="texts to write (default: 1)")
     add("--steps", type=int, help="model calls; fewer is faster and worse (default: one per hidden token)")
-    add("--schedule", default="linear", choices=list(SCHEDULES), help="of hidden tokens (default: linear)")
-    add("--order", default="random", choices=ORDERS, help="which are committed next (default: random)")
+    add("--schedule", default="linear", choices=[*SCHEDULES, "optimal"],
+        help="how many stay hidden after each step; optimal: by this model's own losses (default: linear)")
+    add("--order", default="random", choices=list(ORDERS), help="which are committed next (default: random)")
+    add("--gumbel", type=float, default=0.0, help="random noise on the order (0: none; 1: much)")
+    add("--remask", default="none", choices=list(REMASKS), help="which are hidden again (default: none)")
+    add("--threshold", type=float, help="also commit all tokens surer than this; suits --order confidence")
+    add("--block-length", type=int, help="write blocks of so many tokens, left to right")
     add("--sampling", choices=("greedy", "topk", "nucleus"), help="how a token is drawn (default: from all)")
     add("--top-k", type=int, help="draw from the K likeliest tokens (50 with --sampling topk)")
     add("--top-p", type=float, help="draw from the likeliest that reach probability P (nucleus: 0.9)")
     add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 greedy (default: 1)")
+    add("--repetition-penalty", type=float, help="divides the odds of tokens already there; 1.2 is usual")
+    add("--ban", metavar="CHARACTERS", help="never write the tokens of this text")
     add("--seed", type=int, default=1, help="the same seed writes the same text (default: 1)")
-    add("--show-steps", action="store_true", help="print the text after every step")
+    add("--show-steps", action="store_true", help="watch the text being written")
+    add("--jsonl", type=Path, metavar="FILE", help="write every step to a file, for other programs")
     add("--whole", action="store_true", help="do not cut the text at the end-of-text token")
     add("--score", type=Path, metavar="FILE", help="measure the model on a text instead of writing")
     add("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="(default: cpu)")
@@ -149,6 +231,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--sampling {args.sampling} contradicts the other limit: leave it out to use both")
     if args.text is not None and (args.prefix is not None or args.length is not None):
         parser.error("--text says what is given and what is hidden: drop --prefix and --length")
+    if args.schedule == "optimal" and args.block_length:
+        parser.error("--schedule optimal is computed for whole texts: drop --block-length")
+    if args.gumbel and ORDERS[args.order] is None:
+        parser.error(f"--gumbel changes nothing for order {args.order}: use confidence, margin or entropy")
+    if args.jsonl and not args.jsonl.parent.is_dir():
+        parser.error(f"--jsonl {args.jsonl}: there is no folder {args.jsonl.parent}")
     if args.num_samples < 1:
         parser.error(f"--num-samples must be at least 1, not {args.num_samples}")
     args.temperature = 0.0 if args.sampling == "greedy" else args.temperature
@@ -167,6 +255,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (UsageError, CheckpointError, DataError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -65,8 +65,8 @@ class TrainConfig:
     context_length: int = knob(256, "tokens per row", low=1)
     # the question asked of it: the arguments of diffusion.corrupt
     objective: str = knob("diffusion", "diffusion, mlm (BERT) or autoregressive (GPT)", OBJECTIVES)
-    mask_ratio: str = knob("bell", "distribution: uniform, bell or middle", tuple(MASK_RATIOS))
-    weighting: str = knob("token", "of hidden tokens: nelbo, row or token", WEIGHTINGS)
+    mask_ratio: str = knob("bell", "distribution: uniform or bell", tuple(MASK_RATIOS))
+    weighting: str = knob("token", "of hidden tokens: nelbo or token", WEIGHTINGS)
     mask_levels: int = knob(0, "0: any number of hidden tokens; 10: only tenths of the row", low=0)
     mlm_ratio: float = knob(0.15, "share hidden by the mlm objective", low=0, high=1)
     prefix_length: int = knob(0, "the first tokens of a row that are never hidden", low=0)
@@ -112,8 +112,6 @@ class TrainConfig:
                              f"context_length {self.context_length}")
         if self.mask_levels > self.context_length - longest:
             raise ValueError(f"mask_levels {self.mask_levels} is more than the tokens that can be hidden")
-        if self.objective == "diffusion" and self.weighting == "nelbo" and self.mask_ratio == "middle":
-            raise ValueError("mask_ratio middle never draws some levels: weighting must be row or token")
 
     def masking(self) -> dict:
         """The arguments of diffusion.corrupt."""

@@ -51,7 +51,7 @@ def test_a_switch_needs_no_value():
     ("objective = 'gpt'", "objective must be diffusion or mlm or autoregressive, not 'gpt'"),
     ("steps = ", "is not TOML"),
     ("prefix_length = 256", "does not fit context_length"),
-    ("weighting = 'nelbo'\nmask_ratio = 'middle'", "never draws some levels"),
+    ("weighting = 'row'", "weighting must be nelbo or token, not 'row'"),
     ("steps = 5 # \udcff".encode("utf-8", "surrogateescape"), "is not TOML"),
 ])
 def test_mistakes_in_the_file_are_named(tmp_path, text, says):

@@ -1,6 +1,12 @@
 """The command line for writing: what is given stays, what is asked for is written, mistakes get one line."""
 
+import contextlib
+import json
+import os
+import pty
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +14,9 @@ import torch
 
 import sample
 from diffusion import evaluate
-from model import load_checkpoint
+from model import load_checkpoint, read_checkpoint_file
 from prepare_data import TokenFile, get_tokenizer, write_dataset
-from train import TrainConfig, train
+from train import TrainConfig, save, train
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 20
 
@@ -101,9 +107,9 @@ def test_score_is_the_evaluation_of_the_file(capsys, any_checkpoint, data, tmp_p
 
 def test_text_is_cut_at_the_end_of_text_token_and_control_characters_are_spelled_out():
     tokenizer = get_tokenizer("byte")
-    ids = tokenizer.encode_ordinary("a\x1b[31mé\n") + [257, 256] + tokenizer.encode_ordinary("b")
-    assert sample.readable(ids, tokenizer, 257, whole=False) == "a\\x1b[31mé\n░"
-    assert sample.readable(ids, tokenizer, 257, whole=True) == "a\\x1b[31mé\n░<|endoftext|>b"
+    ids = tokenizer.encode_ordinary("a\x1b[31mé\n") + [256] + tokenizer.encode_ordinary("b")
+    assert "".join(sample.token_texts(ids, tokenizer, 257, whole=False)) == "a\\x1b[31mé\n"
+    assert "".join(sample.token_texts(ids, tokenizer, 257, whole=True)) == "a\\x1b[31mé\n<|endoftext|>b"
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -141,3 +147,139 @@ def test_a_device_that_is_not_there_is_named(capsys, checkpoint):
     for name in absent:
         code, _, error = command(capsys, checkpoint, "--device", name)
         assert code == 2 and f"device {name} is not available here" in error
+
+
+# --- Samplers, the view, the record ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, calls", [
+    (("--schedule", "optimal", "--steps", "6"), 6),
+    (("--order", "margin", "--gumbel", "0.5"), 30),
+    (("--order", "entropy", "--block-length", "7"), 30),
+    (("--remask", "renoise", "--steps", "40"), 40),
+    (("--repetition-penalty", "1.5"), 30),
+    (("--order", "confidence", "--threshold", "0.000001"), 1),
+])
+def test_every_sampler_is_a_flag(capsys, checkpoint, options, calls):
+    code, text, figures = command(capsys, checkpoint, "--length", "30", "--whole", *options)
+    assert code == 0 and figures.startswith(f"30 new tokens in {calls} model calls")
+
+
+def test_banned_characters_are_not_written(capsys, checkpoint):
+    def written(*options):
+        text = command(capsys, checkpoint, "--length", "60", "--temperature", "0.5", *options)[1]
+        return set(re.sub(r"\\x[0-9a-f]{2}", "", text))  # control characters are spelled with letters
+
+    assert set("aeiou ") <= written("--num-samples", "5")
+    assert not set("aeiou ") & written("--num-samples", "5", "--ban", "aeiou ")
+
+
+def test_the_record_holds_every_step(capsys, checkpoint, tmp_path):
+    path = tmp_path / "steps.jsonl"
+    _, text, _ = command(capsys, checkpoint, "--prefix", "a quick é", "--length", "9", "--steps", "3",
+                         "--whole", "--num-samples", "2", "--jsonl", str(path))
+    steps = [json.loads(line) for line in path.read_text().splitlines()]
+    given = len("a quick é".encode())
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    assert [sum(row.count(257) for row in step["tokens"]) for step in steps] == [18, 12, 6, 0]
+    assert ["".join(row) for row in steps[-1]["texts"]] == text.removesuffix("\n").split("\n---\n")
+    for step in steps:
+        for tokens, texts, probability in zip(*(step[key] for key in ("tokens", "texts", "probability")),
+                                              strict=True):
+            assert [text is None for text in texts] == [token == 257 for token in tokens]
+            assert "".join(texts[:given]) == "a quick é" and probability[:given] == [1] * given
+            assert all((p == 0) == (token == 257) and 0 <= p <= 1
+                       for p, token in zip(probability, tokens, strict=True))
+
+
+def on_a_terminal(arguments: list[str], **environment: str) -> str:
+    """What the command prints when its stdout is a terminal."""
+    master, slave = pty.openpty()
+    root = str(Path(__file__).parent.parent)
+    process = subprocess.Popen([sys.executable, "sample.py", *arguments], cwd=root, stdout=slave,
+                               stderr=subprocess.DEVNULL, env=dict(os.environ, **environment))
+    os.close(slave)
+    printed = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while block := os.read(master, 1 << 16):
+            printed += block
+    assert process.wait() == 0
+    os.close(master)
+    return printed.decode()
+
+
+@pytest.mark.parametrize("environment, colored, in_place", [
+    ({"TERM": "xterm-256color", "NO_COLOR": ""}, True, True),
+    ({"TERM": "xterm-256color", "NO_COLOR": "1"}, False, True),
+    ({"TERM": "dumb", "NO_COLOR": ""}, False, False),
+])
+def test_the_view_on_a_terminal(checkpoint, environment, colored, in_place):
+    printed = on_a_terminal(["--checkpoint", str(checkpoint), "--prefix", "the ", "--length", "12", "--steps",
+                             "3", "--show-steps", "--whole", "--remask", "renoise"], **environment)
+    assert printed.count("--- step") == 4
+    assert printed.count("\033[H\033[J") == 4 * in_place  # each frame takes the place of the one before
+    assert ("\033[30;42m" in printed) == ("\033[38;5;2" in printed) == ("\033[2m" in printed) == colored
+    assert re.search("\033\\[[^HJ]", printed) is None or colored
+
+
+def test_the_view_marks_what_happened_to_each_place():
+    def colored(*place):
+        return sample.draw(*place, True)
+
+    assert colored(None, 9, 9, 0.0) == "\033[2m\N{LIGHT SHADE}\033[0m"  # still hidden
+    assert colored(None, 5, 9, 0.0) == "\033[31m\N{DARK SHADE}\033[0m"  # hidden again
+    assert colored("x", 9, 5, 0.3) == "\033[30;42mx\033[0m"  # just committed
+    shades = [int(re.search(r"5;(\d+)m", colored("x", 5, 5, p))[1]) for p in (0.0, 0.3, 0.6, 0.99)]
+    assert shades == sorted(set(shades)) and 232 <= shades[0] and shades[-1] <= 255
+    assert [sample.draw(text, *tokens, 0.5, False) for text, *tokens in
+            ((None, 9, 9), (None, 5, 9), ("x", 9, 5), ("x", 5, 5))] == ["░", "▓", "x", "x"]
+
+
+def test_characters_of_several_tokens_and_control_characters_are_shown_safely():
+    byte, mask, unfinished = get_tokenizer("byte"), 257, "\N{REPLACEMENT CHARACTER}"
+    clock = list("⏰".encode())
+    assert sample.token_texts([*clock, 65], byte, mask, True) == ["", "", "⏰", "A"]
+    assert sample.token_texts([clock[0], mask, 65], byte, mask, True) == [unfinished, None, "A"]
+    assert sample.token_texts([27, 7, 13, 10], byte, mask, True) == ["\\x1b", "\\x07", "\\x0d", "\n"]
+    assert sample.token_texts([65, 256, 66], byte, mask, False) == ["A"]
+    assert sample.token_texts([65, 256, 66], byte, mask, True) == ["A", "<|endoftext|>", "B"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--threshold", "0"), "threshold must be in (0, 1], not 0.0"),
+    (("--threshold", "1.5"), "threshold must be in (0, 1], not 1.5"),
+    (("--block-length", "0"), "block_length must be at least 1, not 0"),
+    (("--block-length", "2", "--steps", "3", "--length", "20"), "steps must be at least 10"),
+    (("--gumbel", "-1", "--order", "margin"), "gumbel must be 0 or positive, not -1.0"),
+    (("--gumbel", "1"), "--gumbel changes nothing for order random"),
+    (("--repetition-penalty", "0"), "the repetition penalty must be positive, not 0.0"),
+    (("--remask", "often"), "invalid choice: 'often'"),
+    (("--order", "alphabetical"), "invalid choice: 'alphabetical'"),
+    (("--schedule", "optimal", "--block-length", "5"), "drop --block-length"),
+    (("--jsonl", "no/such/folder/steps.jsonl"), "there is no folder no/such/folder"),
+    (("--steps", "0"), "steps must be at least 1"),
+    (("--steps", "0", "--schedule", "optimal"), "steps must be at least 1"),
+    (("--top-p", "0"), "top_p must be in (0, 1], not 0.0"),
+    (("--prefix", "x" * 64,), "leave nothing to write in a context of 64"),
+])
+def test_a_mistake_in_a_sampler_gets_one_line_and_code_2(capsys, checkpoint, options, message):
+    code, text, error = command(capsys, checkpoint, *options)
+    assert (code, text) == (2, "") and message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_mistake_leaves_an_older_record_alone(capsys, checkpoint, tmp_path):
+    (tmp_path / "steps.jsonl").write_text("older")
+    code, *_ = command(capsys, checkpoint, "--threshold", "7", "--jsonl", str(tmp_path / "steps.jsonl"))
+    assert code == 2 and (tmp_path / "steps.jsonl").read_text() == "older"
+
+
+def test_optimal_needs_a_measured_curve(capsys, data, tmp_path):
+    checkpoint = train_briefly(data, tmp_path / "gpt", "autoregressive")
+    code, _, _ = command(capsys, checkpoint, "--schedule", "optimal", "--length", "5")
+    assert code == 0  # a twin writes left to right, whatever the schedule
+    tensors, info = read_checkpoint_file(checkpoint / "model.pt")
+    info["config"]["objective"], info["evaluation"] = "diffusion", None
+    save(checkpoint / "model.pt", tensors, info)
+    code, _, error = command(capsys, checkpoint, "--schedule", "optimal", "--length", "5")
+    assert code == 2 and "needs a checkpoint that was evaluated" in error

@@ -1,0 +1,125 @@
+"""Watch a text being written, in a browser: python -m experiments.denoise_page STEPS.jsonl PAGE.html
+
+    python sample.py --prefix "The state of the Union" --steps 40 --jsonl steps.jsonl
+
+writes the steps. The page holds everything it needs: no network, no library. A slider and a play button move
+through the steps; a token's colour is the step at which it was written (dark early, light late), a ring marks
+what was written in the step on show, and hovering tells the probability.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Denoising, step by step</title>
+<style>
+  body { font: 16px/1.7 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em;
+         color: #222 }
+  header { position: sticky; top: 0; background: #fff; padding: .5em 0; display: flex; gap: 1em }
+  #step { flex: 1 }
+  #label { min-width: 15em; text-align: right; font-variant-numeric: tabular-nums }
+  p { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: 15px }
+  span { border-radius: 3px }
+  .hidden { color: #bbb }
+  .again { color: #c22 }
+  .new { box-shadow: 0 0 0 2px #222 }
+</style>
+<header>
+  <button id="play">Play</button>
+  <input id="step" type="range" min="0" value="0" aria-label="step">
+  <output id="label"></output>
+</header>
+<main></main>
+<script type="application/json" id="frames">FRAMES</script>
+<script>
+  const frames = JSON.parse(document.getElementById("frames").textContent)
+  const slider = document.getElementById("step"), play = document.getElementById("play")
+  const last = frames.length - 1
+  slider.max = last
+
+  // One place: its text, the step `since` which it has been so, and the probability. Text is set as text,
+  // never as markup: a model may write anything.
+  function place(text, since, probability, step) {
+    const span = document.createElement("span")
+    if (text === null) {
+      span.className = since === step && step > 0 ? "again" : "hidden"
+      span.textContent = "\\u2591"
+      span.title = "hidden"
+    } else {
+      span.textContent = text
+      span.title = since === 0 ? "given" : `probability ${probability.toFixed(3)}, written in step ${since}`
+      if (since > 0) span.style.background = `hsl(${210 - 170 * since / last} 80% ${62 + 26 * since / last}%)`
+      if (since === step && step > 0) span.className = "new"
+    }
+    return span
+  }
+
+  function show(step) {
+    const {texts, since, probability} = frames[step]
+    const rows = texts.map((row, r) => {
+      const p = document.createElement("p")
+      p.append(...row.map((text, i) => place(text, since[r][i], probability[r][i], step)))
+      return p
+    })
+    document.querySelector("main").replaceChildren(...rows)
+    const hidden = texts.flat().filter(text => text === null).length
+    document.getElementById("label").textContent = `step ${step} of ${last}: ${hidden} hidden`
+  }
+
+  let timer = null
+  function stop() { clearInterval(timer); timer = null; play.textContent = "Play" }
+  slider.oninput = () => { stop(); show(+slider.value) }
+  play.onclick = () => {
+    if (timer) return stop()
+    if (+slider.value === last) slider.value = 0
+    play.textContent = "Pause"
+    timer = setInterval(() => {
+      slider.value = +slider.value + 1
+      show(+slider.value)
+      if (+slider.value === last) stop()
+    }, Math.max(30, 6000 / (last + 1)))  // all of it in about six seconds
+  }
+  show(0)
+</script>
+</html>
+"""
+
+
+def page(steps: list[dict]) -> str:
+    """The page for the lines that `sample.py --jsonl` wrote, {"step", "tokens", "texts", "probability"} each.
+
+    What the page needs besides is `since`: the step in which each place became what it is.
+    """
+    frames, before, since = [], steps[0]["tokens"], [[0] * len(row) for row in steps[0]["tokens"]]
+    for number, step in enumerate(steps):
+        since = [[number if new != old else s for new, old, s in zip(*rows, strict=True)]
+                 for rows in zip(step["tokens"], before, since, strict=True)]
+        before = step["tokens"]
+        probability = [[round(p, 4) for p in row] for row in step["probability"]]
+        frames.append({"texts": step["texts"], "since": since, "probability": probability})
+    # In JSON "<" can stand only inside a string, where \\u003c means the same and cannot end the script.
+    return PAGE.replace("FRAMES", json.dumps(frames, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 2:
+        print("usage: python -m experiments.denoise_page STEPS.jsonl PAGE.html", file=sys.stderr)
+        return 2
+    try:
+        with open(arguments[0], encoding="utf-8") as lines:
+            text = page([json.loads(line) for line in lines])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        print(f"experiments.denoise_page: {arguments[0]} is not what sample.py --jsonl writes ({error})",
+              file=sys.stderr)
+        return 2
+    Path(arguments[1]).write_text(text, encoding="utf-8")
+    print(f"{arguments[1]}: {len(text) / 1e6:.1f} MB; open it in a browser")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
