@@ -3,7 +3,7 @@
     1  how many tokens to hide     draw_num_masked
     2  what the network is asked   corrupt, loss
     3  what the network knows      nelbo: a bound on the negative log-likelihood, with error bars
-    4  schedules                   hidden_counts: how many tokens stay hidden after each step
+    4  schedules                   hidden_counts: how many tokens stay hidden after each step; their price
     5  the sampling loop           denoise: start from hidden places, commit some tokens each step
 
 The network is passed in: any callable with model(tokens) -> (B,T,V) and model(tokens, positions) -> (P,V)
@@ -11,7 +11,7 @@ will do, a table of probabilities included, which is how the tests compare all t
 
 Names: x_0 clean tokens (B,T); x_t noised tokens; mask (B,T) bool, True = hidden; N maskable tokens of a
 row; m how many of them are hidden; t = m/N the mask ratio; CE(m) the mean cross-entropy over the hidden
-tokens when m are hidden, in nats.
+tokens when m are hidden, in nats; alpha = 1 - t the share visible, alpha_t before a step, alpha_s after it.
 """
 
 import itertools
@@ -508,7 +508,7 @@ def check_options(order: object, remask: object, temperature: float, gumbel: flo
 def plan_blocks(holes: Tensor, block_length: int | None, schedule: Schedule, steps: int,
                 strict: bool) -> list[tuple[Tensor, Tensor, list[float]]]:
     """For each block of holes, left to right: its places (B,T), the counts (S+1,B) to stay hidden, and
-    alpha, the S+1 shares to be visible."""
+    alpha, the S+1 shares to be visible. Blocks get steps in proportion to their tokens, at least one."""
     tokens_left, plans = int(holes.sum(1).max()), []
     length = block_length or max(1, tokens_left)
     block_of = (holes.cumsum(1) - 1) // length
@@ -517,7 +517,6 @@ def plan_blocks(holes: Tensor, block_length: int | None, schedule: Schedule, ste
         raise ValueError(f"steps must be at least {max(1, blocks_left)}, not {steps}")
     for block in range(blocks_left):
         places = holes & (block_of == block)
-        # Steps in proportion to the block's tokens, and at least one for each block.
         blocks_left -= 1
         block_steps = min(max(1, round(steps * min(1, length / tokens_left))), max(1, steps - blocks_left))
         steps, tokens_left = steps - block_steps, tokens_left - length

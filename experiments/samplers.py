@@ -82,17 +82,19 @@ def draw(path: Path, real: dict, rows: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
     axis.plot(real["entropy"], real["judge"], "*", markersize=18, color="black", label="real text")
     for order in ORDERS:
         line = [row for row in rows if row["sampler"] == order and row["grid"]]
+        line.sort(key=lambda row: row["options"]["temperature"])
         axis.plot([row["entropy"] for row in line], [row["judge"] for row in line], marker="o", label=order)
     for row in rows:
         if row["grid"] and row["options"]["remask"] != "none":
-            axis.plot(row["entropy"], row["judge"], ".", color="grey", zorder=0)
+            color = "black" if row["options"]["remask"] == "renoise" else "grey"
+            axis.plot(row["entropy"], row["judge"], ".", color=color, zorder=0)
     axis.set(xlabel="entropy of a sample's tokens, nats", ylabel="nats per token under the twin",
-             title="Orders, a dot for each temperature; small dots: with remasking")
-    axis.legend()
+             title="Orders, a dot for each temperature; small dots: with remasking (black: renoise)")
+    figure.legend(loc="outside right center")
     figure.savefig(path, dpi=110)
 
 

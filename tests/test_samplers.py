@@ -953,6 +953,73 @@ def test_states_are_snapshots():
 
 
 # ---------------------------------------------------------------------------------------------------
+# Smoothing
+
+
+def noisy_curve(seed, N=64):
+    """A true curve, increasing and bent, and a measurement of it at 33 counts with known errors."""
+    def truth(m):
+        return 1 + 2 * (m / N) ** 3
+
+    counts = sorted({1, *(round(N * i / 32) for i in range(1, 33))})
+    errors = [0.1 * (1.2 - m / N) for m in counts]
+    noise = torch.randn(len(counts), generator=seeded(seed)).tolist()
+    measured = [truth(m) + error * n for m, error, n in zip(counts, errors, noise, strict=True)]
+    every = list(range(1, N + 1))
+    return Curve(N, every, [truth(m) for m in every], [0.0] * N), Curve(N, counts, measured, errors)
+
+
+def test_smoothing_returns_a_cubic_as_it_is_at_every_count():
+    true, _ = noisy_curve(0)
+    sparse = Curve(64, [1, 9, 30, 50, 64], [true.nats[m - 1] for m in (1, 9, 30, 50, 64)], [0.1] * 5)
+    smoothed = diffusion.smooth(sparse)
+    assert (smoothed.N, smoothed.counts) == (64, true.counts)
+    assert smoothed.nats == pytest.approx(true.nats, abs=1e-9)
+
+
+def test_smoothing_believes_sure_points_more():
+    sure = Curve(10, [1, 4, 7, 10, 5], [1.0, 1.0, 1.0, 1.0, 9.0], [0.01, 0.01, 0.01, 0.01, 10.0])
+    assert diffusion.smooth(sure).nats == pytest.approx([1.0] * 10, abs=1e-3)
+
+
+@pytest.mark.parametrize("counts", [[5], [1, 5], [1, 3, 5]])
+def test_a_curve_of_few_points_or_unknown_errors_is_smoothed_too(counts):
+    nats = [1.0 + m for m in counts]
+    smoothed = diffusion.smooth(Curve(5, counts, nats, [math.nan] * len(counts)))
+    assert [smoothed.nats[m - 1] for m in counts] == pytest.approx(nats)
+
+
+def test_a_schedule_of_the_smoothed_curve_is_cheaper_than_one_that_chases_noise():
+    chasing, smoothed, linear = 0.0, 0.0, 0.0
+    for seed in range(10):
+        true, measured = noisy_curve(seed)
+        for steps in (4, 8, 16):
+            def price(schedule, true=true, steps=steps):
+                return diffusion.schedule_nelbo(true, schedule, steps)
+
+            best = price(diffusion.optimal_schedule(true, steps))
+            chasing += price(diffusion.optimal_schedule(measured, steps)) - best
+            smoothed += price(diffusion.optimal_schedule(diffusion.smooth(measured), steps)) - best
+            linear += price("linear") - best
+    assert smoothed < chasing / 2 and smoothed < linear / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"order": "random"}, {"order": "confidence", "remask": "cap"},
+                                     {"order": "entropy", "threshold": 0.5, "block_length": 9}], ids=label)
+def test_compiled_and_eager_write_the_same(options):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=50, context_length=24, n_layer=2, n_head=2, n_embd=32)).eval()
+    for parameter in model.parameters():  # the output projections start at zero: a network of the input alone
+        torch.nn.init.normal_(parameter, std=0.2)
+    compiled = torch.compile(model, dynamic=True)
+    x = with_holes(5, 24, 50)
+    eager, fast = (diffusion.generate(network, x, 50, steps=8, generator=seeded(1), **options)
+                   for network in (model, compiled))
+    assert torch.equal(eager, fast)
+
+
+# ---------------------------------------------------------------------------------------------------
 # What a step costs
 
 

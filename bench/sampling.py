@@ -1,0 +1,167 @@
+"""How fast is writing? python -m bench.sampling --shape shakespeare
+
+New tokens per second (given ones are not counted), the time for a text, and the model calls it takes, for
+
+    denoise           this repository, by order and number of steps
+    straightforward   the loop most code has: logits and softmax at all places in each step, then keep some
+    gpt, cached       the causal twin with a key-value cache, a call for each token: the fair opponent
+    gpt, uncached     the same without
+
+all with untrained networks of one shape (speed does not depend on what they know). Each runs in turn; figures
+are medians over the repeats, after a warm-up. Ends with the number of steps at which `denoise` takes as long
+as the cached twin, and one JSON line.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from bench.training import SHAPES
+from diffusion import draw_tokens, generate, largest, left_to_right_model
+from model import ModelConfig, Transformer, norm, rotate
+from train import can_compile, choose_device, choose_dtype
+
+
+class CachedTwin:
+    """The causal network, one token at a time, with the keys and values of all earlier ones kept."""
+
+    def __init__(self, model: Transformer, rows: int):
+        config = model.config
+        shape = (config.n_layer, rows, config.n_head, config.context_length, config.n_embd // config.n_head)
+        self.model, self.length = model, 0
+        self.keys, self.values = (model.embedding.weight.new_zeros(shape) for _ in range(2))
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """Logits (B,V) of the next token after `token` (B,), the first being the mask token."""
+        t, model = self.length, self.model
+        B, H = len(token), model.config.n_head
+        x = norm(model.embedding(token))  # (B,C)
+        for layer, block in enumerate(model.blocks):
+            q, k, v = block.attention.qkv(norm(x)).view(B, 3, H, 1, -1).unbind(1)  # (B,H,1,D)
+            rotary = model.rotary[:, t : t + 1]
+            q, k = rotate(norm(q), rotary), rotate(norm(k), rotary)
+            self.keys[layer, :, :, t], self.values[layer, :, :, t] = k[:, :, 0], v[:, :, 0]
+            keys, values = self.keys[layer, :, :, : t + 1], self.values[layer, :, :, : t + 1]
+            y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype))
+            x = x + block.attention.proj(y.reshape(B, -1))
+            x = x + block.down(F.relu(block.up(norm(x))).square())
+        self.length += 1
+        return F.linear(norm(x), model.embedding.weight)[:, : model.config.vocab_size]
+
+
+@torch.no_grad()
+def write_cached(model: Transformer, x: Tensor, temperature: float = 1.0,
+                 generator: Generator | None = None) -> Tensor:
+    """Fill x (B,T), given up to some place and hidden from there on, left to right with a cache."""
+    twin, x = CachedTwin(model, len(x)), x.clone()
+    token = torch.full_like(x[:, 0], model.config.mask_id)  # the start of text
+    for t in range(x.size(1)):
+        logits = twin(token)
+        hidden = x[:, t] == model.config.mask_id
+        if hidden.any():
+            x[:, t] = torch.where(hidden, draw_tokens(logits, temperature, generator=generator), x[:, t])
+        token = x[:, t]
+    return x
+
+
+@torch.no_grad()
+def write_straightforward(model: Callable, x: Tensor, mask_id: int, steps: int,
+                          generator: Generator) -> Tensor:
+    """Random order as it is usually written: everything is computed everywhere, most of it thrown away."""
+    x = x.clone()
+    for left in range(steps, 0, -1):
+        hidden = x == mask_id
+        p = model(x).float().softmax(-1)  # (B,T,V)
+        tokens = torch.multinomial(p.flatten(0, 1).cpu(), 1, generator=generator).view(x.shape).to(x.device)
+        score = torch.rand(x.shape, generator=generator).to(x.device)
+        commit = largest(score, hidden, (hidden.sum(1) / left).ceil().long())
+        x = torch.where(commit, tokens, x)
+    return x
+
+
+def ways(network: Callable, model: Transformer, twin: Transformer, x: Tensor,
+         step_counts: list[int]) -> dict[tuple[str, int], Callable[[Generator], Tensor]]:
+    """{(name, model calls): writes x, given a generator}."""
+    mask_id, T = model.config.mask_id, x.size(1)
+    new = int((x[0] == mask_id).sum())
+    found: dict[tuple[str, int], Callable] = {}
+    for steps in step_counts:
+        for order in ("random", "confidence"):
+            found[f"denoise, {order}", steps] = (
+                lambda g, s=steps, order=order: generate(network, x, mask_id, s, order=order, generator=g))
+        found["straightforward", steps] = (
+            lambda g, steps=steps: write_straightforward(model, x, mask_id, steps, g))
+    found["gpt, cached", T] = lambda g: write_cached(twin, x, generator=g)
+    causal = left_to_right_model(twin, mask_id)
+    found["gpt, uncached", new] = (
+        lambda g: generate(causal, x, mask_id, new, order="left_to_right", generator=g))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench.sampling", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--shape", choices=list(SHAPES), default="shakespeare")
+    add("--new-tokens", type=int, help="default: the context")
+    add("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    add("--steps", type=int, nargs="+", default=[16, 64])
+    add("--repeats", type=int, default=3)
+    add("--device", default="auto")
+    add("--precision", default="auto", choices=("auto", "bfloat16", "float32"))
+    add("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.precision, device)
+    config = SHAPES[args.shape][0]
+    torch.manual_seed(0)
+    model = Transformer(config).to(device).eval()
+    twin = Transformer(ModelConfig(**vars(config) | {"causal": True})).to(device).eval()
+    mask_id, T = config.mask_id, config.context_length
+    new = min(args.new_tokens or T, T)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    network = torch.compile(model, dynamic=True) if args.compile and can_compile() else model
+    print(f"{args.shape}: {new} new tokens after {T - new} given ones, {dtype}, "
+          f"{'compiled' if network is not model else 'eager'}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}", flush=True)
+
+    rows = []
+    print("way                          batch  calls  seconds   tokens/s  spread")
+    for batch in args.batch_sizes:
+        x = torch.full((batch, T), mask_id, device=device)
+        x[:, : T - new] = 0
+        writers = ways(network, model, twin, x, args.steps)
+        seconds: dict[tuple[str, int], list[float]] = {way: [] for way in writers}
+        for repeat in range(args.repeats + 1):  # the first is the warm-up
+            for way, write in writers.items():
+                started = time.perf_counter()
+                with autocast:
+                    write(Generator().manual_seed(repeat)).sum().item()  # waits for the device
+                seconds[way].append(time.perf_counter() - started)
+        for (name, calls), times in seconds.items():
+            median, spread = statistics.median(times[1:]), max(times[1:]) / min(times[1:]) - 1
+            row = {"way": name, "batch": batch, "calls": calls, "seconds": median,
+                   "tokens_per_second": batch * new / median, "spread": spread}
+            rows.append(row)
+            print(f"{name:28} {batch:5} {calls:6} {median:8.2f} {batch * new / median:10,.0f} {spread:7.1%}",
+                  flush=True)
+        by_way = {(row["way"], row["calls"]): row["seconds"] for row in rows if row["batch"] == batch}
+        most = max(args.steps)
+        per_call = by_way["denoise, random", most] / most
+        print(f"  batch {batch}: as long as the cached twin takes, denoise makes "
+              f"{by_way['gpt, cached', T] / per_call:.0f} calls; at {most} calls it is "
+              f"{by_way['straightforward', most] / by_way['denoise, random', most]:.2f}x as fast as the "
+              "straightforward loop")
+    print(json.dumps({"shape": args.shape, "new_tokens": new, "dtype": str(dtype), "device": str(device),
+                      "torch": torch.__version__, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
