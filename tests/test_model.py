@@ -187,6 +187,37 @@ def test_the_network_knows_the_order_of_its_tokens():
     assert differs(net(tokens), net(swapped))[0, 0]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("T", [1, 7, 256, 257])
+def test_attention_written_out_is_the_fused_kernel(T, causal):
+    # bfloat16 with gradients takes the written-out path up to 256 tokens; float32 always the kernel
+    torch.manual_seed(0)
+    q, k, v, upstream = torch.randn(4, 2, 3, T, 16)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        y = model.attend(*inputs, causal)
+        gradients = torch.autograd.grad(y, inputs, upstream.to(dtype))
+        results.append([x.float() for x in (y, *gradients)])
+    for written_out, kernel in zip(*results, strict=True):
+        assert (written_out - kernel).norm() < 0.02 * kernel.norm() + 1e-3  # bfloat16 keeps 8 bits
+
+
+def test_only_short_rows_of_bfloat16_are_written_out_and_only_to_train(monkeypatch):
+    def kernel(*arguments, **options):
+        raise AssertionError("the fused kernel")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    net = fresh(context_length=300)
+    with torch.autocast("cpu", torch.bfloat16):
+        net(some_tokens(net, T=256)).float().sum().backward()
+        for T, training in ((257, True), (256, False)):
+            with torch.set_grad_enabled(training), pytest.raises(AssertionError, match="the fused kernel"):
+                net(some_tokens(net, T=T))
+    with pytest.raises(AssertionError, match="the fused kernel"):
+        net(some_tokens(net))  # float32
+
+
 def test_rotary_scores_depend_on_the_distance_alone():
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 16, generator=generator)
