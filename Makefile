@@ -11,7 +11,8 @@ quickstart: .venv/installed
 	$(BIN)/python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
 	$(BIN)/python train.py configs/quickstart.toml $(if $(wildcard out/quickstart/state.pt),--resume)
 	$(BIN)/python sample.py --checkpoint out/quickstart --prefix "The state of the Union " --num-samples 4 \
-		--steps 64 --order confidence --gumbel 1 --remask renoise --temperature 0.5 | tee out/quickstart/samples.txt
+		--steps 64 --order confidence --gumbel 1 --remask renoise --temperature 0.5 > out/quickstart/samples.txt
+	cat out/quickstart/samples.txt
 	$(BIN)/python -m bench.words data/sotu out/quickstart/samples.txt
 
 test: .venv/installed-dev
@@ -24,7 +25,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv data out .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

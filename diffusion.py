@@ -246,7 +246,7 @@ def row_losses(model: Model, inputs: Tensor, x_0: Tensor, asked: Tensor, batch_s
         b, place = asked[part].nonzero(as_tuple=True)
         logits = model(inputs[part], b * x_0.size(1) + place)
         ce = F.cross_entropy(logits.float(), x_0[part][b, place], reduction="none")
-        sums[part].index_add_(0, b.cpu(), ce.double().cpu())
+        sums[part].index_add_(0, b.cpu(), ce.cpu().double())
     return sums / asked.sum(1).cpu()
 
 
@@ -296,15 +296,15 @@ def nelbo(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0, seed:
 
 @torch.no_grad()
 def evaluate(model: Model, x_0: Tensor, mask_id: int, objective: str = "diffusion",
-             curve_points: int = 10) -> Bound:
+             curve_points: int = 10, batch_size: int = 32) -> Bound:
     """The figure to compare checkpoints by: `nelbo`, or of an autoregressive model the exact negative
     log-likelihood, in nats per token, scored on the same T tokens (its curve is None)."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is unknown; known: {', '.join(OBJECTIVES)}")
     if objective != "autoregressive":
-        return nelbo(model, x_0, mask_id, curve_points=curve_points)
+        return nelbo(model, x_0, mask_id, curve_points=curve_points, batch_size=batch_size)
     everywhere = torch.ones_like(x_0, dtype=torch.bool)
-    by_row = row_losses(model, shift_right(x_0, mask_id), x_0, everywhere, batch_size=32)
+    by_row = row_losses(model, shift_right(x_0, mask_id), x_0, everywhere, batch_size)
     return Bound(*mean_and_error(by_row), None)
 
 
@@ -436,7 +436,7 @@ def draw_tokens(logits: Tensor, temperature: float = 1.0, top_k: int | None = No
     if top_k is not None and top_k < p.size(1):
         value, index = p.topk(top_k, dim=1)
         p = torch.zeros_like(p).scatter_(1, index, value)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         value, index = p.sort(dim=1, descending=True)
         value /= value.sum(1, keepdim=True)
         value[value.cumsum(1) - value >= top_p] = 0  # the likelier ones already reach top_p
@@ -494,7 +494,7 @@ def check_options(order: object, remask: object, temperature: float, gumbel: flo
     for name, value, valid, rule in (
         ("order", order, callable(order) or order in ORDERS, f"one of {', '.join(ORDERS)}"),
         ("remask", remask, callable(remask) or remask in REMASKS, f"one of {', '.join(REMASKS)}"),
-        ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or positive"),
+        ("temperature", temperature, temperature == 0 or 1e-6 <= temperature < math.inf, "0 (greedy) or positive"),
         ("gumbel", gumbel, 0 <= gumbel < math.inf, "0 or positive"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
@@ -550,8 +550,8 @@ def denoise(model: Model, x: Tensor, mask_id: int, steps: int, schedule: Schedul
 
     schedule:      how many tokens stay hidden after each step (`hidden_counts`)
     order:         which hidden places are committed next: a name in ORDERS, or a score like those
-    gumbel:        size of the Gumbel noise on such scores, falling linearly to 0 over the steps (MaskGIT,
-                   arXiv:2202.04200): order confidence first commits in proportion to p^(1/gumbel)
+    gumbel:        size of the Gumbel noise on such scores, falling linearly to 0 over the steps of a block
+                   (MaskGIT, arXiv:2202.04200): confidence first commits in proportion to p^(1/gumbel)
     remask:        which committed tokens are hidden again: a name in REMASKS, or a chance like those. With
                    it, as with order ancestral, `steps` may exceed the number of tokens
     threshold:     every token with a probability above it is committed too, one per row at least; the
@@ -567,7 +567,7 @@ def denoise(model: Model, x: Tensor, mask_id: int, steps: int, schedule: Schedul
     check_options(order, remask, temperature, gumbel, top_k, top_p, threshold, block_length)
     score_of = order if callable(order) else ORDERS[order]
     sigma_of = remask if callable(remask) else REMASKS[remask]
-    known = score_of is None and threshold is None  # whether places are chosen before the network is asked
+    places_first = score_of is None and threshold is None  # the places are chosen, then the network is asked
     B, T = x.shape
     device, holes, leftmost = x.device, x == mask_id, -torch.arange(T, device=x.device).float().expand(B, T)
     plans = plan_blocks(holes, block_length, schedule, steps, remask == "none" and order != "ancestral")
@@ -579,42 +579,43 @@ def denoise(model: Model, x: Tensor, mask_id: int, steps: int, schedule: Schedul
     yield State(x.clone(), probability.clone(), calls)
     for places, counts, alpha in plans:
         for i, (alpha_t, alpha_s) in enumerate(itertools.pairwise(alpha)):
-            # Which committed tokens go back: `again` (B,T). How many hidden ones are committed: `quota` (B,).
+            # Which committed tokens are hidden again: `remasked` (B,T). How many hidden ones are committed:
+            # `quota` (B,), by chance too (ancestral), or so many that counts[i + 1] stay hidden.
             hidden = places & (x == mask_id)
-            written = places & ~hidden
+            committed = places & ~hidden
             limit = min(1.0, (1 - alpha_s) / max(alpha_t, 1e-9))
-            sigma = sigma_of(limit, alpha_s, probability.masked_fill(~written, math.inf))
+            sigma = sigma_of(limit, alpha_s, probability.masked_fill(~committed, math.inf))
             sigma = torch.as_tensor(sigma, device=device).clamp(max=limit)
-            again = written & (noise() < sigma)
+            remasked = committed & (noise() < sigma)
             score = leftmost if order == "left_to_right" else noise()
             if order == "ancestral" and alpha_s < 1:
                 chance = (alpha_s - alpha_t + sigma * alpha_t) / (1 - alpha_t)
                 score = chance - score
                 quota = (hidden & (score > 0)).sum(1)
             else:
-                again = largest(noise(), again, counts[i + 1])
-                quota = hidden.sum(1) + again.sum(1) - counts[i + 1]
+                remasked = largest(noise(), remasked, counts[i + 1])  # no more of them than may stay hidden
+                quota = hidden.sum(1) + remasked.sum(1) - counts[i + 1]
             if threshold is not None:
                 quota = quota.clamp(min=1).minimum(hidden.sum(1))
 
-            # Ask the network, where it is known already only about the places to be committed, and draw.
+            # Ask the network, and draw; if the places are chosen already, only there.
             if quota.any():
-                asked = largest(score, hidden, quota) if known else hidden
+                asked = largest(score, hidden, quota) if places_first else hidden
                 positions, calls = asked.flatten().nonzero().squeeze(1), calls + 1  # (P,)
                 log_p = ask(model, x, positions, adjust)
                 tokens = draw_tokens(log_p, temperature, top_k, top_p, generator)
                 p = log_p.gather(1, tokens[:, None]).squeeze(1).exp()
                 if score_of is not None:
-                    jitter = -torch.empty(len(p)).exponential_(generator=generator).log().to(device)  # Gumbel
-                    jitter *= gumbel * (1 - i / (len(alpha) - 1))
+                    jitter = -torch.empty(len(p)).exponential_(generator=generator).log()  # Gumbel noise
+                    jitter = jitter.to(device) * gumbel * (1 - i / (len(alpha) - 1)) if gumbel else 0
                     score.view(-1)[positions] = score_of(log_p, tokens) + jitter
                 commit = largest(score, hidden, quota).flatten()[positions]
                 if threshold is not None:
                     commit |= p > threshold
                 x.view(-1)[positions[commit]] = tokens[commit]
                 probability.view(-1)[positions[commit]] = p[commit]
-            if quota.any() or again.any():
-                x.masked_fill_(again, mask_id), probability.masked_fill_(again, 0)
+            if quota.any() or remasked.any():
+                x.masked_fill_(remasked, mask_id), probability.masked_fill_(remasked, 0)
                 yield State(x.clone(), probability.clone(), calls)
 
 

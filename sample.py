@@ -25,28 +25,12 @@ import tiktoken
 import torch
 from torch import Tensor
 
+import diffusion
 from configs import Parser
-from diffusion import (
-    ORDERS,
-    REMASKS,
-    SCHEDULES,
-    Curve,
-    ban,
-    denoise,
-    evaluate,
-    left_to_right_model,
-    optimal_schedule,
-    penalize_repetition,
-    smooth,
-)
 from model import CheckpointError, Transformer, load_checkpoint
 from prepare_data import DataError, get_tokenizer
 
 HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
-
-
-class UsageError(Exception):
-    """A request that cannot be met; the message is one line for the user."""
 
 
 def starting_tokens(args: argparse.Namespace, model: Transformer, tokenizer: tiktoken.Encoding) -> Tensor:
@@ -54,23 +38,26 @@ def starting_tokens(args: argparse.Namespace, model: Transformer, tokenizer: tik
     limit, mask_id = model.config.context_length, model.config.mask_id
     if args.text is not None:
         # re.split with one group: given, size of the hole, given, size of the hole, given ...
-        given, sizes = HOLE.split(args.text)[::2], HOLE.split(args.text)[1::2]
+        texts, sizes = HOLE.split(args.text)[::2], HOLE.split(args.text)[1::2]
         if not sizes:
-            raise UsageError("--text has no hole; write one as [MASK:20], for 20 hidden tokens")
-        ids = tokenizer.encode_ordinary(given[0])  # the text between holes is encoded as it stands
-        for size, text in zip(sizes, given[1:], strict=True):
-            ids += [mask_id] * int(size or 1) + tokenizer.encode_ordinary(text)
+            raise ValueError("--text has no hole; write one as [MASK:20], for 20 hidden tokens")
+        given = [tokenizer.encode_ordinary(text) for text in texts]  # as it stands, spaces included
+        holes = [int(size or 1) for size in sizes]
     else:
         prefix = tokenizer.encode_ordinary(args.prefix or "")
         length = limit - len(prefix) if args.length is None else args.length
         if length < 1:
-            raise UsageError(f"a prefix of {len(prefix)} tokens and --length {length} leave nothing to write "
+            raise ValueError(f"a prefix of {len(prefix)} tokens and --length {length} leave nothing to write "
                              f"in a context of {limit}")
-        ids = prefix + [mask_id] * length
-    if len(ids) > limit:
-        raise UsageError(f"{len(ids)} tokens asked for, but the model's context is {limit}: ask for fewer")
-    if mask_id not in ids:
-        raise UsageError("nothing is hidden, so there is nothing to write")
+        given, holes = [prefix, []], [length]
+    total = sum(map(len, given)) + sum(holes)
+    if total > limit:
+        raise ValueError(f"{total} tokens asked for, but the model's context is {limit}: ask for fewer")
+    if not any(holes):
+        raise ValueError("nothing is hidden, so there is nothing to write")
+    ids = given[0]
+    for hole, following in zip(holes, given[1:], strict=True):
+        ids = ids + [mask_id] * hole + following
     return torch.tensor([ids] * args.num_samples)
 
 
@@ -107,11 +94,10 @@ def draw(text: str | None, before: int, now: int, probability: float, color: boo
     return f"\033[{style}m{text}\033[0m" if color else text
 
 
-def show(step: int, texts: list, before: list, now: list, probability: list) -> None:
-    """A frame of --show-steps, the arguments (B,T): in place on a terminal, otherwise a group of lines."""
+def show(step: int, hidden: int, texts: list, before: list, now: list, probability: list) -> None:
+    """A frame of --show-steps, lists (B,T): in place on a terminal, otherwise a group of lines."""
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     color = terminal and not os.environ.get("NO_COLOR")
-    hidden = sum(text is None for row in texts for text in row)
     print(("\033[H\033[J" if terminal else "") + f"--- step {step}: {hidden} tokens hidden")
     for row in zip(texts, before, now, probability, strict=True):
         print("".join(draw(*place, color) for place in zip(*row, strict=False)))
@@ -122,13 +108,13 @@ def score(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: t
     try:
         ids = tokenizer.encode_ordinary(args.score.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--score {args.score}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(f"--score {args.score}: {getattr(error, 'strerror', None) or error}") from None
     if not ids:
-        raise UsageError(f"--score {args.score}: the file is empty")
+        raise ValueError(f"--score {args.score}: the file is empty")
     T = min(model.config.context_length, len(ids))
     x_0 = torch.tensor(ids[: len(ids) // T * T]).view(-1, T)  # (B,T): a last row that is not full is left out
     objective = info["config"]["objective"]
-    bound = evaluate(model, x_0.to(args.device), model.config.mask_id, objective, curve_points=20)
+    bound = diffusion.evaluate(model, x_0.to(args.device), model.config.mask_id, objective, curve_points=20)
     bits = bound.nats * x_0.numel() / math.log(2) / len(tokenizer.decode_bytes(x_0.flatten().tolist()))
     print(f"{'NLL' if objective == 'autoregressive' else 'NELBO <='} {bound.nats:.4f} +- {bound.stderr:.4f} "
           f"nats/token, {bits:.4f} bits/byte ({x_0.numel()} of {len(ids)} tokens, in rows of {T})")
@@ -140,9 +126,19 @@ def score(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: t
 
 def sampling_options(args: argparse.Namespace, info: dict, tokenizer: tiktoken.Encoding, holes: int) -> dict:
     """The arguments of `denoise` that the user asked for; `holes` are the hidden tokens of a row."""
-    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    changes = [diffusion.ban(tokenizer.encode_ordinary(args.ban))] if args.ban else []
+    if args.repetition_penalty is not None:
+        changes.append(diffusion.penalize_repetition(args.repetition_penalty))
+
+    def adjust(logits: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+        for change in changes:
+            logits = change(logits, x, positions)
+        return logits
+
+    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, adjust=adjust)
     if info["config"]["objective"] == "autoregressive":
-        print("note: an autoregressive model writes left to right, a token per step", file=sys.stderr)
+        print("note: an autoregressive model writes left to right, a token per step, whatever the schedule, "
+              "order and remasking", file=sys.stderr)
         return options | dict(steps=holes, order="left_to_right")
     if info["config"]["objective"] == "mlm":
         print("note: this model learned to restore a fixed, small share of a text (BERT). It has never seen "
@@ -153,17 +149,10 @@ def sampling_options(args: argparse.Namespace, info: dict, tokenizer: tiktoken.E
     if args.schedule == "optimal":
         curve = (info["evaluation"] or {}).get("curve")
         if not curve:
-            raise UsageError("--schedule optimal needs a checkpoint that was evaluated; this one was not")
-        options["schedule"] = optimal_schedule(smooth(Curve(**curve)), options["steps"])
-    changes = [ban(tokenizer.encode_ordinary(args.ban))] if args.ban else []
-    changes += [penalize_repetition(args.repetition_penalty)] if args.repetition_penalty is not None else []
-
-    def adjust(logits: Tensor, x: Tensor, positions: Tensor) -> Tensor:
-        for change in changes:
-            logits = change(logits, x, positions)
-        return logits
-
-    return options | {"adjust": adjust}
+            raise ValueError("--schedule optimal needs a checkpoint that was evaluated; this one was not")
+        curve = diffusion.smooth(diffusion.Curve(**curve))
+        options["schedule"] = diffusion.optimal_schedule(curve, options["steps"])
+    return options
 
 
 def write(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
@@ -172,9 +161,10 @@ def write(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: t
     x = starting_tokens(args, model, tokenizer).to(args.device)  # (B,T), the same holes in each row
     holes = int((x[0] == mask_id).sum())
     options = sampling_options(args, info, tokenizer, holes)
-    network = left_to_right_model(model, mask_id) if model.config.causal else model
+    network = diffusion.left_to_right_model(model, mask_id) if model.config.causal else model
     started = time.perf_counter()
-    states = denoise(network, x, mask_id, generator=torch.Generator().manual_seed(args.seed), **options)
+    generator = torch.Generator().manual_seed(args.seed)
+    states = diffusion.denoise(network, x, mask_id, generator=generator, **options)
     start, before = next(states), x.tolist()  # bad options are refused here, before a file is opened
     with open(args.jsonl, "w", encoding="utf-8") if args.jsonl else contextlib.nullcontext() as log:
         for step, state in enumerate(itertools.chain([start], states)):
@@ -185,7 +175,7 @@ def write(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: t
                 line = {"step": step, "tokens": now, "probability": probability, "texts": texts}
                 print(json.dumps(line), file=log)
             if args.show_steps:
-                show(step, texts, before, now, probability)
+                show(step, int((state.tokens == mask_id).sum()), texts, before, now, probability)
                 before = now
     seconds = time.perf_counter() - started
     if not args.show_steps:
@@ -205,11 +195,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--length", type=int, help="tokens to write (default: as many as the context holds)")
     add("--num-samples", type=int, default=1, help="texts to write (default: 1)")
     add("--steps", type=int, help="model calls; fewer is faster and worse (default: one per hidden token)")
-    add("--schedule", default="linear", choices=[*SCHEDULES, "optimal"],
-        help="how many stay hidden after each step; optimal: by this model's own losses (default: linear)")
-    add("--order", default="random", choices=list(ORDERS), help="which are committed next (default: random)")
+    add("--schedule", default="linear", choices=[*diffusion.SCHEDULES, "optimal"],
+        help="how many stay hidden after each step; optimal: by the model's losses on whole texts")
+    add("--order", default="random", choices=list(diffusion.ORDERS), help="which are committed next")
     add("--gumbel", type=float, default=0.0, help="random noise on the order (0: none; 1: much)")
-    add("--remask", default="none", choices=list(REMASKS), help="which are hidden again (default: none)")
+    add("--remask", default="none", choices=list(diffusion.REMASKS), help="which are hidden again")
     add("--threshold", type=float, help="also commit all tokens surer than this; suits --order confidence")
     add("--block-length", type=int, help="write blocks of so many tokens, left to right")
     add("--sampling", choices=("greedy", "topk", "nucleus"), help="how a token is drawn (default: from all)")
@@ -233,7 +223,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--text says what is given and what is hidden: drop --prefix and --length")
     if args.schedule == "optimal" and args.block_length:
         parser.error("--schedule optimal is computed for whole texts: drop --block-length")
-    if args.gumbel and ORDERS[args.order] is None:
+    if args.gumbel and diffusion.ORDERS[args.order] is None:
         parser.error(f"--gumbel changes nothing for order {args.order}: use confidence, margin or entropy")
     if args.jsonl and not args.jsonl.parent.is_dir():
         parser.error(f"--jsonl {args.jsonl}: there is no folder {args.jsonl.parent}")
@@ -249,15 +239,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
         if not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[args.device].is_available():
-            raise UsageError(f"device {args.device} is not available here; use --device cpu")
+            raise ValueError(f"device {args.device} is not available here; use --device cpu")
         model, info = load_checkpoint(args.checkpoint, args.device)
         (score if args.score else write)(args, model, info, get_tokenizer(info["tokenizer"]))
-    except (UsageError, CheckpointError, DataError, ValueError) as error:
+    except (CheckpointError, DataError, ValueError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -413,7 +413,7 @@ def train(cfg: TrainConfig) -> int:
             x_0 = torch.from_numpy(val_file.spread(cfg.final_eval_rows if finished else cfg.eval_rows, T))
             with autocast:
                 bound = evaluate(ema_model, x_0.to(device), model_config.mask_id, cfg.objective,
-                                 curve_points=30 if finished else 10)
+                                 curve_points=30 if finished else 10, batch_size=rows)
             bits_per_byte = bound.nats * val_file.num_tokens / val_file.num_bytes / math.log(2)
             figures = {"step": step, "nats": bound.nats, "stderr": bound.stderr, "rows": len(x_0),
                        "bits_per_byte": bits_per_byte, "curve": bound.curve and bound.curve._asdict()}
@@ -456,6 +456,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (FloatingPointError, OSError) as error:  # diverged, disk full
         print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: out of memory, use a smaller --micro-batch-size ({error})"[:300], file=sys.stderr)
         return 1
 
 

@@ -96,6 +96,13 @@ class Way:
         self.optimizer_seconds.append(time.perf_counter() - before_optimizer)
         return value.item()
 
+    def bytes(self) -> int:
+        """What stays allocated between steps: weights and optimizer state."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        tensors += [tensor for state in states for tensor in state.values() if tensor.is_cuda]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -126,7 +133,7 @@ def main() -> int:
     add("--optimizer", choices=("adamw", "muon"), default="adamw")
     add("--repeats", type=int, default=5)
     add("--warm-up", type=int, default=2)
-    add("--device", default="auto")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--precision", default="auto", choices=("auto", "bfloat16", "float32"))
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
@@ -149,15 +156,16 @@ def main() -> int:
             before = compilations()
             if args.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+                others = torch.cuda.memory_allocated() - way.bytes()
             way.step(number)
             compiled[way.name] = compiled.get(way.name, 0) + compilations() - before
             if args.device.type == "cuda":
-                memory[way.name] = torch.cuda.max_memory_allocated() / 1e9
+                memory[way.name] = (torch.cuda.max_memory_allocated() - others) / 1e9
             print(f"  step {number} {way.name}: {way.seconds[-1]:.2f} s", file=sys.stderr, flush=True)
 
     ceiling, figures = max(ceilings), {}
     print(f"matrix products reach {ceiling / 1e9:,.0f} GFLOP/s\n")
-    print("way      tokens/s   spread  GFLOP/token    MFU  optimizer  compilations  first step  relative")
+    print("way      tokens/s   spread  GFLOP/token    MFU  optimizer  compilations  first step  masked is")
     for way in ways:
         row = way.figures(args.warm_up, ceiling) | {"compilations": compiled[way.name]}
         row["peak_gb"] = memory.get(way.name)

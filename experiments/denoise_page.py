@@ -112,11 +112,14 @@ def main(arguments: list[str]) -> int:
     try:
         with open(arguments[0], encoding="utf-8") as lines:
             text = page([json.loads(line) for line in lines])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        Path(arguments[1]).write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"experiments.denoise_page: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         print(f"experiments.denoise_page: {arguments[0]} is not what sample.py --jsonl writes ({error})",
               file=sys.stderr)
         return 2
-    Path(arguments[1]).write_text(text, encoding="utf-8")
     print(f"{arguments[1]}: {len(text) / 1e6:.1f} MB; open it in a browser")
     return 0
 

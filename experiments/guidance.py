@@ -81,25 +81,33 @@ class BagOfTokens(nn.Module):
             total = total + (self.weight(hashes).squeeze(2) * visible).sum(1)
         return total
 
-    def fit(self, classes: tuple[Tensor, Tensor], steps: int = 300, T: int = 128, seed: int = 0) -> float:
+    def fit(self, classes: tuple[Tensor, Tensor], steps: int = 300, T: int = 128, seed: int = 0) -> None:
         """Learn to tell two token streams, (n,) each, apart by windows with a random share hidden, as the
-        sampler will show them. Returns the share of right answers in the last third of the steps."""
-        generator, right = torch.Generator().manual_seed(seed), []
+        sampler will show them."""
+        generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1)
-        labels = torch.arange(64) % 2
-        for step in range(steps):
-            rows = []
-            for label in labels:
-                start = int(torch.randint(len(classes[label]) - T, (), generator=generator))
-                rows.append(classes[label][start : start + T])
-            mask = draw_mask(torch.randint(T, (64,), generator=generator), T, 0, generator)
-            odds = self(torch.stack(rows).masked_fill(mask, self.mask_id))
+        for _ in range(steps):
+            rows, labels = self.windows(classes, 64, T, generator)
+            odds = self(rows)
             optimizer.zero_grad()
             F.binary_cross_entropy_with_logits(odds, labels.float()).backward()
             optimizer.step()
-            if step >= steps * 2 // 3:
-                right.append(((odds > 0) == labels.bool()).float().mean().item())
-        return sum(right) / len(right)
+
+    @torch.no_grad()
+    def accuracy(self, classes: tuple[Tensor, Tensor], T: int = 128, seed: int = 1) -> float:
+        """The share of right answers on 2,000 windows of these streams, a random share of each hidden."""
+        rows, labels = self.windows(classes, 2000, T, torch.Generator().manual_seed(seed))
+        return ((self(rows) > 0) == labels.bool()).float().mean().item()
+
+    def windows(self, classes: tuple[Tensor, Tensor], rows: int, T: int,
+                generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(tokens (rows,T), labels (rows,)): random windows, by turns of class 0 and 1, partly hidden."""
+        labels, found = torch.arange(rows) % 2, []
+        for label in labels:
+            start = int(torch.randint(len(classes[label]) - T, (), generator=generator))
+            found.append(classes[label][start : start + T])
+        mask = draw_mask(torch.randint(T, (rows,), generator=generator), T, 0, generator)
+        return torch.stack(found).masked_fill(mask, self.mask_id), labels
 
 
 def old_and_modern(file: TokenFile, part: int) -> tuple[Tensor, Tensor]:
@@ -130,11 +138,16 @@ def main() -> int:
         print(f"experiments.guidance: {error}", file=sys.stderr)
         return 2
     mask_id, tokenizer = model.config.mask_id, get_tokenizer(info["tokenizer"])
-    guide, judge = BagOfTokens(mask_id), BagOfTokens(mask_id)
-    for name, classifier, stream in (("guide", guide, streams[0]), ("judge", judge, streams[1])):
-        print(f"the {name} tells old from modern in {classifier.fit(stream):.0%} of its half-hidden windows")
-
     prefix = tokenizer.encode_ordinary(args.prefix)
+    if not len(prefix) < args.length <= model.config.context_length:
+        parser.error(f"--length must be more than the prefix's {len(prefix)} tokens and at most "
+                     f"{model.config.context_length}, not {args.length}")
+    guide, judge = BagOfTokens(mask_id), BagOfTokens(mask_id)
+    for name, classifier, own, other in (("guide", guide, *streams), ("judge", judge, *streams[::-1])):
+        classifier.fit(own)
+        print(f"the {name} is right about {classifier.accuracy(other):.0%} of partly hidden windows of "
+              "documents it was not trained on")
+
     free = torch.full((args.num_samples, args.length), mask_id)
     begun = free.clone()
     begun[:, : len(prefix)] = torch.tensor(prefix)

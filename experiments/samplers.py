@@ -1,4 +1,4 @@
-"""Which sampler writes best? python -m experiments.samplers --judge out/quickstart-ar
+"""Which sampler writes best? python -m experiments.samplers --judge out/quickstart-ar --picture samplers.png
 
 The judge is the autoregressive twin, trained on the same text:
 
@@ -106,13 +106,16 @@ def main() -> int:
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--steps", type=int, default=64, help="of the grid")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.7, 0.5, 1.0])
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/samplers.png"))
+    parser.add_argument("--picture", type=Path, help="draw the frontier into this PNG")
     args = parser.parse_args()
     try:
         model, info = load_checkpoint(args.checkpoint)
-        judge, _ = load_checkpoint(args.judge)
+        judge, judge_info = load_checkpoint(args.judge)
         train, val = (TokenFile(args.data_dir, split) for split in ("train", "val"))
         N = model.config.context_length
+        if (judge.config.causal, judge_info["tokenizer"], judge.config.context_length) != (
+                True, info["tokenizer"], N):
+            raise DataError(f"--judge {args.judge} is no autoregressive model of the same text")
         real_text = torch.from_numpy(val.spread(args.num_samples, N))
     except (CheckpointError, DataError) as error:
         print(f"experiments.samplers: {error}", file=sys.stderr)
@@ -151,11 +154,11 @@ def main() -> int:
     best = min((row for row in rows if row["grid"]), key=distance)
     print(f"\nNearest to real text at {args.steps} steps: {best['sampler']} at temperature "
           f"{best['options']['temperature']}.")
-    try:
-        draw(args.picture, real, rows)
-        print(f"picture: {args.picture}")
-    except ImportError:
-        print("no picture: pip install matplotlib", file=sys.stderr)
+    if args.picture:
+        try:
+            draw(args.picture, real, rows)
+        except (ImportError, OSError) as error:
+            print(f"no picture: {error} (it needs: pip install matplotlib)", file=sys.stderr)
     print(json.dumps({"real": real, "rows": rows}))
     return 0
 

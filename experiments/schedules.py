@@ -100,7 +100,7 @@ def main() -> int:
     parser.add_argument("--data-dir", default="data/sotu")
     parser.add_argument("--rows", type=int, default=1024, help="windows, half to fit and half to price")
     parser.add_argument("--curve-points", type=int, default=32)
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/schedules.png"))
+    parser.add_argument("--picture", type=Path, help="draw all this into this PNG")
     args = parser.parse_args()
     try:
         model, _ = load_checkpoint(args.checkpoint)
@@ -124,11 +124,11 @@ def main() -> int:
         gain = table[best][steps] - table["optimal"][steps]
         answers.append(f"{gain:.3f} nats/token cheaper than {best} at {steps} steps")
     print("\nThe optimal schedule is " + ", ".join(answers) + ".")
-    try:
-        draw(args.picture, measured, fitted, table)
-        print(f"picture: {args.picture}")
-    except ImportError:
-        print("no picture: pip install matplotlib", file=sys.stderr)
+    if args.picture:
+        try:
+            draw(args.picture, measured, fitted, table)
+        except (ImportError, OSError) as error:
+            print(f"no picture: {error} (it needs: pip install matplotlib)", file=sys.stderr)
     print(json.dumps({"table": table, "fitted": fitted, "measured": measured}))
     return 0
 

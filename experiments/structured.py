@@ -21,7 +21,7 @@ from diffusion import Adjust, generate
 from model import CheckpointError, load_checkpoint
 from prepare_data import DataError, get_tokenizer
 
-HOLE = re.compile(r"\[(digits|letters|MASK):(\d+)\]|\[word:([^\]]+)\]")
+HOLE = re.compile(r"\[(digits|letters|MASK):(\d{1,6})\]|\[word:([^\]]+)\]")
 ALPHABETS = {"digits": string.digits, "letters": string.ascii_letters}
 Form = list[tuple[int, Tensor]]  # holes: first place, and the (n,L) contents it may take
 
@@ -113,8 +113,11 @@ def main(arguments: list[str] | None = None) -> int:
         x, form = parse(args.template, tokenizer, mask_id)
         generator = torch.Generator().manual_seed(args.seed)
         holes = int((x == mask_id).sum())
-        rows = generate(model, x.expand(args.num_samples, -1), mask_id, steps=args.steps or max(1, holes),
-                        order=args.order, temperature=args.temperature, generator=generator,
+        if args.num_samples < 1:
+            raise ValueError(f"--num-samples must be at least 1, not {args.num_samples}")
+        steps = max(1, holes) if args.steps is None else args.steps
+        rows = generate(model, x.expand(args.num_samples, -1), mask_id, steps, order=args.order,
+                        temperature=args.temperature, generator=generator,
                         adjust=keep_form(form, mask_id, generator))
     except (CheckpointError, DataError, ValueError) as error:
         print(f"experiments.structured: {error}", file=sys.stderr)

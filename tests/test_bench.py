@@ -32,7 +32,7 @@ def test_the_cache_changes_nothing(twin):
         if temperature == 0:
             assert torch.equal(cached, plain)
     with torch.no_grad():  # and call by call, the logits
-        cache = sampling.CachedTwin(twin, 3)
+        cache = sampling.CachedTwin(twin)
         starts = torch.cat([torch.full((3, 1), 20), plain[:, :-1]], 1)
         logits = torch.stack([cache(token) for token in starts.T], 1)
         torch.testing.assert_close(logits, twin(starts), rtol=1e-4, atol=1e-4)
