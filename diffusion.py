@@ -494,7 +494,8 @@ def check_options(order: object, remask: object, temperature: float, gumbel: flo
     for name, value, valid, rule in (
         ("order", order, callable(order) or order in ORDERS, f"one of {', '.join(ORDERS)}"),
         ("remask", remask, callable(remask) or remask in REMASKS, f"one of {', '.join(REMASKS)}"),
-        ("temperature", temperature, temperature == 0 or 1e-6 <= temperature < math.inf, "0 (greedy) or positive"),
+        ("temperature", temperature, temperature == 0 or 1e-6 < temperature < math.inf,
+         "0 (greedy) or positive"),
         ("gumbel", gumbel, 0 <= gumbel < math.inf, "0 or positive"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),

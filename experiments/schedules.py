@@ -58,19 +58,19 @@ def measure(model: Transformer, x_0: Tensor, points: int, label: str) -> Curve:
     return Curve(N, counts, list(nats), list(errors))
 
 
-def price(measured: Curve, fitted: Curve) -> dict[str, dict[int, float]]:
-    """{schedule: {steps: nats per token}} by the `measured` curve; the optimal one made for the `fitted`."""
-    fitted = smooth(fitted)
+def price(measured: Curve, fitted: dict[str, Curve]) -> dict[str, dict[int, float]]:
+    """{schedule: {steps: nats per token}} by the `measured` curve: the named schedules, and for each of the
+    `fitted` curves the one that is optimal for it."""
     table = {}
-    for name in (*SCHEDULES, "optimal"):
+    for name in (*SCHEDULES, *fitted):
         table[name] = {}
         for steps in (*STEPS, measured.N):
-            schedule = optimal_schedule(fitted, steps) if name == "optimal" else name
+            schedule = optimal_schedule(fitted[name], steps) if name in fitted else name
             table[name][steps] = schedule_nelbo(measured, schedule, steps)
     return table
 
 
-def draw(path: Path, measured: Curve, fitted: Curve, table: dict) -> None:
+def draw(path: Path, measured: Curve, optimal: list[int], table: dict) -> None:
     """Three panels: the loss by mask level, the schedules for 20 steps, the prices."""
     import matplotlib
 
@@ -81,8 +81,8 @@ def draw(path: Path, measured: Curve, fitted: Curve, table: dict) -> None:
     left, middle, right = figure.subplots(1, 3)
     left.errorbar([m / N for m in measured.counts], measured.nats, measured.stderr, color="black")
     left.set(title="What the network knows", xlabel="share hidden", ylabel="CE(m), nats per hidden token")
-    for name, prices in table.items():
-        schedule = optimal_schedule(smooth(fitted), 20) if name == "optimal" else name
+    for name in (*SCHEDULES, "optimal"):
+        prices, schedule = table[name], optimal if name == "optimal" else name
         counts = hidden_counts(schedule, torch.tensor([N]), 20)[:, 0] / N
         middle.plot(range(21), counts, marker=".", label=name)
         extra = [nats - table["linear"][N] for nats in prices.values()]
@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, help="draw all this into this PNG")
     args = parser.parse_args()
     try:
-        model, _ = load_checkpoint(args.checkpoint)
+        model, info = load_checkpoint(args.checkpoint)
         val = TokenFile(args.data_dir, "val")
         x_0 = torch.from_numpy(val.spread(args.rows, model.config.context_length))
     except (CheckpointError, DataError) as error:
@@ -113,7 +113,11 @@ def main() -> int:
     # Every other window: two halves as alike as can be, and disjoint.
     fitted = measure(model, x_0[::2], args.curve_points, "to fit")
     measured = measure(model, x_0[1::2], args.curve_points, "to price")
-    table = price(measured, fitted)
+    own = (info["evaluation"] or {}).get("curve")
+    curves = {"optimal": smooth(fitted)}
+    if own:  # what `sample.py --schedule optimal` has, and what it would be without smoothing
+        curves |= {"by own curve": smooth(Curve(**own)), "by own, raw": Curve(**own)}
+    table = price(measured, curves)
 
     print(f"\n{'NELBO_S <=, steps':18}" + "".join(f"{steps:>9}" for steps in (*STEPS, measured.N)))
     for name, prices in table.items():
@@ -126,7 +130,7 @@ def main() -> int:
     print("\nThe optimal schedule is " + ", ".join(answers) + ".")
     if args.picture:
         try:
-            draw(args.picture, measured, fitted, table)
+            draw(args.picture, measured, optimal_schedule(curves["optimal"], 20), table)
         except (ImportError, OSError) as error:
             print(f"no picture: {error} (it needs: pip install matplotlib)", file=sys.stderr)
     print(json.dumps({"table": table, "fitted": fitted, "measured": measured}))

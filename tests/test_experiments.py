@@ -1,5 +1,6 @@
 """The ready uses of the `adjust` hook, and the page that shows a text being written."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -10,8 +11,10 @@ import torch
 
 import diffusion
 from experiments import denoise_page, guidance, structured
+from model import ModelConfig, Transformer
 from prepare_data import get_tokenizer
 from tests.test_sampling import EXACT, JOINT, Exact, Fixed, chi_square_p, counts_of, masked, seeded
+from train import save
 
 T, V = EXACT.T, EXACT.V
 ROWS = 20_000
@@ -111,6 +114,21 @@ def test_the_result_always_satisfies_the_template(order, steps):
     assert all(re.fullmatch(pattern, text, re.S) for text in texts), texts
     assert all(structured.satisfies(row, x, form, MASK) for row in rows)
     assert len(set(texts)) == 20
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--num-samples", "0"], "--num-samples must be at least 1"),
+    (["--steps", "0"], "steps must be at least 1"),
+    (["--checkpoint", "no/such/folder"], "does not exist"),
+])
+def test_a_mistake_gets_one_line(arguments, message, tmp_path, capsys):
+    model = Transformer(ModelConfig(257, 128, n_layer=1, n_head=1, n_embd=8))
+    info = {"model": dataclasses.asdict(model.config), "tokenizer": "byte"}
+    save(tmp_path / "model.pt", model.state_dict(), info)
+    assert structured.main(["--checkpoint", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert structured.main(["--checkpoint", str(tmp_path), "--steps", "1", "--template", "[digits:2]"]) == 0
 
 
 def test_an_unsatisfied_row_is_recognised():

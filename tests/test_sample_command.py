@@ -121,6 +121,8 @@ def test_text_is_cut_at_the_end_of_text_token_and_control_characters_are_spelled
     (["--text", "no hole"], "--text has no hole"),
     (["--text", "[MASK:0]"], "nothing is hidden"),
     (["--text", "[MASK:100]"], "100 tokens asked for"),
+    (["--text", "a[MASK:99999999999999]b"], "100000000000001 tokens asked for"),
+    (["--length", "99999999999999"], "99999999999999 tokens asked for"),
     (["--text", "a[MASK]", "--prefix", "b"], "drop --prefix"),
     (["--top-p", "1.5"], "top_p must be in (0, 1], not 1.5"),
     (["--top-k", "-1"], "top_k must be at least 1, not -1"),
@@ -172,6 +174,11 @@ def test_banned_characters_are_not_written(capsys, checkpoint):
 
     assert set("aeiou ") <= written("--num-samples", "5")
     assert not set("aeiou ") & written("--num-samples", "5", "--ban", "aeiou ")
+
+
+def test_a_twin_obeys_the_ban_too(capsys, any_checkpoint):
+    _, text, _ = command(capsys, any_checkpoint, "--length", "40", "--ban", "aeiou ", "--temperature", "0.5")
+    assert not set("aeiou ") & set(re.sub(r"\\x[0-9a-f]{2}", "", text))
 
 
 def test_the_record_holds_every_step(capsys, checkpoint, tmp_path):
