@@ -1,4 +1,4 @@
-# make quickstart   install, fetch a corpus, train, write: about 5 minutes on 2 CPU cores after the installation
+# make quickstart   install, fetch a corpus, train, write: 3 to 5 minutes on 2 CPU cores
 # make test         prove everything that is quick to prove
 # make test-slow    prove the rest
 
