@@ -569,8 +569,8 @@ def denoise(model: Model, x: Tensor, mask_id: int, steps: int, schedule: Schedul
     score_of = order if callable(order) else ORDERS[order]
     sigma_of = remask if callable(remask) else REMASKS[remask]
     places_first = score_of is None and threshold is None  # the places are chosen, then the network is asked
-    B, T = x.shape
-    device, holes, leftmost = x.device, x == mask_id, -torch.arange(T, device=x.device).float().expand(B, T)
+    B, T, device = *x.shape, x.device
+    holes, leftmost = x == mask_id, -torch.arange(T, device=device).float().expand(B, T)
     plans = plan_blocks(holes, block_length, schedule, steps, remask == "none" and order != "ancestral")
 
     def noise() -> Tensor:
