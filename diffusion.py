@@ -161,10 +161,9 @@ def corrupt(x_0: Tensor, mask_id: int, generator: Generator | None = None, objec
         group, capacity = 1, max(1, round(mlm_ratio * most))
     else:
         num_masked = draw_num_masked(B, N, generator, mask_levels, mask_ratio)
-        row_weight = row_weights(num_masked, N, level_probabilities(mask_levels or N, mask_ratio), weighting)
-        q = level_probabilities(mask_levels or most, mask_ratio)
+        row_weight = row_weights(num_masked, N, mask_levels or N, mask_ratio, weighting)
         # A group of rows fills at most `capacity` places: a pair its constant total, a lone row all of them.
-        paired = is_symmetric(q) and B % 2 == 0
+        paired = B % 2 == 0 and is_symmetric(level_probabilities(mask_levels or most, mask_ratio))
         group, capacity = (2, most + round(most / (mask_levels or most))) if paired else (1, most)
     mask = draw_mask(num_masked, T, T - N, generator)
     positions, weights = fill_slots(mask, row_weight, group, capacity)
@@ -192,17 +191,18 @@ def shift_right(tokens: Tensor, mask_id: int) -> Tensor:
     return F.pad(tokens[:, :-1], (1, 0), value=mask_id)
 
 
-def row_weights(num_masked: Tensor, N: int, q: Tensor, weighting: str) -> Tensor:
-    """(B,) weight of each hidden token of a row that hides m, its level drawn from q(1..L).
+def row_weights(num_masked: Tensor, N: int, L: int, mask_ratio: MaskRatio, weighting: str) -> Tensor:
+    """(B,) weight of each hidden token of a row that hides m, its level k drawn from q(1..L).
 
     "nelbo"  1 / (B L q(k) m): the loss estimates the NELBO whatever q is, if q > 0; uniform q: 1 / (B m)
     "token"  1 / sum of m: hidden tokens count alike, which weighs level m by m. Another objective
     """
-    B, L = len(num_masked), len(q)
+    B = len(num_masked)
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting {weighting!r} is unknown; known: {', '.join(WEIGHTINGS)}")
     if weighting == "token":
         return torch.full((B,), 1 / num_masked.sum().item())
+    q = level_probabilities(L, mask_ratio)
     if (q <= 0).any():
         raise ValueError("this mask_ratio never draws some levels: only weighting token suits it")
     k = (num_masked * L / N).round().long().clamp(1, L)
