@@ -71,18 +71,18 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k' / sqrt(D)) v, all (B,H,T,D), by PyTorch's fused kernel.
+    """softmax(q k' / sqrt(D)) v, all (B,H,T,D), by PyTorch's fused kernel. Wants |q| = |k| = sqrt(D).
 
-    But that kernel trains short rows of bfloat16 slowly on a CPU: there, written out and compiled, the same
-    makes a whole training step a quarter faster (bench/NOTES.md).
+    But that kernel's backward pass is slow in bfloat16 on a CPU: there, written out and compiled, training takes
+    a tenth (T = 1024) to a quarter (T = 256) less time (bench/NOTES.md). Longer rows would need too much memory.
     """
     T, D = q.shape[-2:]
-    if T > 256 or q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
+    if T > 1024 or q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    scores = (q @ k.mT).float() * D**-0.5
+    weights = ((q * D**-0.5) @ k.mT).exp()  # scores lie within +-sqrt(D): nothing overflows, no maximum needed
     if causal:
-        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+        weights = weights.tril()
+    return ((weights @ v) / weights.sum(-1, keepdim=True, dtype=torch.float32)).to(v.dtype)
 
 
 class Attention(nn.Module):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from diffusion import Batch, corrupt, keyed_generator, loss
 from model import ModelConfig, Transformer, count_parameters, flops_per_token, optimizer_groups
-from train import Muon, can_compile, choose_device, choose_dtype, matmul_ceiling
+from train import Muon, can_compile, choose_device, choose_dtype, keep_freed_memory, matmul_ceiling
 
 SHAPES = {  # ModelConfig, rows per step on a CPU, rows per step on a GPU
     "quickstart": (ModelConfig(257, 256, n_layer=4, n_head=3, n_embd=192), 8, 256),
@@ -137,6 +137,7 @@ def main() -> int:
     add("--precision", default="auto", choices=("auto", "bfloat16", "float32"))
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
+    keep_freed_memory()
     args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.precision, args.device)
     args.compile = args.compile and can_compile()

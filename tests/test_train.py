@@ -109,7 +109,7 @@ def test_two_processes_train_the_same_model_as_one(data, tmp_path):
 def test_the_step_is_compiled_once_whatever_happens_between_steps(data, tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    run(data, tmp_path / "out", compile=True, steps=20, eval_interval=5, n_layer=1, prefix_length_max=5)
+    run(data, tmp_path / "out", compile=True, steps=200, eval_interval=25, n_layer=1, prefix_length_max=5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
 
