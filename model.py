@@ -73,13 +73,13 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """softmax(q k' / sqrt(D)) v, all (B,H,T,D), by PyTorch's fused kernel. Wants |q| = |k| = sqrt(D).
 
-    But that kernel's backward pass is slow in bfloat16 on a CPU: there, written out and compiled, training takes
-    a tenth (T = 1024) to a quarter (T = 256) less time (bench/NOTES.md). Longer rows would need too much memory.
+    But that kernel's backward pass is slow in bfloat16 on a CPU. Written out and compiled, attention takes
+    two thirds of its time or less (bench/NOTES.md), and B H T^2 numbers of memory: too many for long rows.
     """
     T, D = q.shape[-2:]
     if T > 1024 or q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    weights = ((q * D**-0.5) @ k.mT).exp()  # scores lie within +-sqrt(D): nothing overflows, no maximum needed
+    weights = ((q * D**-0.5) @ k.mT).exp()  # scores are at most sqrt(D): no overflow
     if causal:
         weights = weights.tril()
     return ((weights @ v) / weights.sum(-1, keepdim=True, dtype=torch.float32)).to(v.dtype)

@@ -130,9 +130,9 @@ class TrainConfig:
 class Muon(torch.optim.Optimizer):
     """Momentum, with each matrix's update made orthogonal: all directions move alike (Jordan et al., 2024).
 
-    Like torch.optim.Muon, but matrices of equal shape are orthogonalised together, each process doing its share
-    of them, and in `dtype`: on a CPU without bfloat16 instructions the stock optimizer's bfloat16 products are a
-    hundred times slower.
+    Like torch.optim.Muon, but matrices of equal shape are orthogonalised together, each process taking its
+    share of them, and in `dtype`: on a CPU without bfloat16 instructions the stock optimizer's bfloat16
+    products are a hundred times slower.
     """
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95,

@@ -205,7 +205,7 @@ def test_attention_written_out_is_the_fused_kernel(T, causal):
 
 
 def test_attention_written_out_bears_the_largest_scores():
-    q = torch.full((1, 1, 8, 4096), 1.0, dtype=torch.bfloat16, requires_grad=True)  # scores of sqrt(4096) = 64
+    q = torch.full((1, 1, 8, 4096), 1.0, dtype=torch.bfloat16, requires_grad=True)  # scores of 64
     v = torch.randn(1, 1, 8, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     y = model.attend(q, q, v, False)
     torch.testing.assert_close(y.float(), v.float().mean(2, keepdim=True).expand_as(v), atol=0.02, rtol=0.02)
