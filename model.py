@@ -71,15 +71,20 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k' / sqrt(D)) v, all (B,H,T,D), by PyTorch's fused kernel. Wants |q| = |k| = sqrt(D).
+    """softmax(q k' / sqrt(D)) v, all (B,H,T,D), for |q| = |k| = sqrt(D), by PyTorch's fused kernel.
 
-    But that kernel's backward pass is slow in bfloat16 on a CPU. Written out and compiled, attention takes
-    two thirds of its time or less (bench/NOTES.md), and B H T^2 numbers of memory: too many for long rows.
+    That kernel is slow in bfloat16 on a CPU. Written out and compiled, attention takes two thirds of its time
+    or less (bench/NOTES.md), but B H T^2 numbers of memory: too many for long rows.
     """
-    T, D = q.shape[-2:]
-    if T > 1024 or q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    weights = ((q * D**-0.5) @ k.mT).exp()  # scores are at most sqrt(D): no overflow
+    slow_kernel = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if slow_kernel and torch.compiler.is_compiling() and q.size(2) <= 1024:
+        return attend_written_out(q, k, v, causal)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def attend_written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """The same. Scores are at most |q| |k| / sqrt(D) = sqrt(D), so exp needs no maximum taken off them."""
+    weights = ((q * q.size(-1) ** -0.5) @ k.mT).exp()  # (B,H,T,T)
     if causal:
         weights = weights.tril()
     return ((weights @ v) / weights.sum(-1, keepdim=True, dtype=torch.float32)).to(v.dtype)
