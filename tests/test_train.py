@@ -94,9 +94,10 @@ def test_micro_batches_add_up_to_the_batch(data, tmp_path, masking):
 
 
 def test_two_processes_train_the_same_model_as_one(data, tmp_path):
-    one = run(data, tmp_path / "one", steps=6)
+    settings = dict(steps=6, n_layer=3)  # three matrices of a shape: they do not share out evenly
+    one = run(data, tmp_path / "one", **settings)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               str(ROOT / "train.py"), *flags(data, tmp_path / "two", steps=6)]
+               str(ROOT / "train.py"), *flags(data, tmp_path / "two", **settings)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
