@@ -1,4 +1,4 @@
-"""The plain recipe is what it says, and the comparisons compare like with like."""
+"""The plain recipe and the classical stack are what they say, and comparisons compare like with like."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from bench import plain, quality
+from bench import plain, quality, transformers_baseline
 from diffusion import nelbo
 from model import ModelConfig, Transformer
 from prepare_data import TokenFile, write_dataset
@@ -299,3 +299,62 @@ def test_a_picture_without_matplotlib_is_refused_before_the_work(monkeypatch, ca
     with pytest.raises(SystemExit, match="2"):
         quality.main(["twin", "a", "b", "--picture=x.png"])
     assert capsys.readouterr().err == "bench.quality: --picture needs matplotlib: pip install matplotlib\n"
+
+
+# --- The classical stack --------------------------------------------------------------------------
+
+
+def test_the_classical_stack_hides_tokens_and_scores_them_as_we_do():
+    pytest.importorskip("transformers")
+    config = ModelConfig(20, 16, n_layer=1, n_head=2, n_embd=32)
+    torch.manual_seed(0)
+    model, collator = transformers_baseline.roberta(config, mlm_probability=0.5)
+    assert model.config._attn_implementation == "sdpa"
+    clean = torch.randint(20, (40, 16), generator=seeded(0)) + transformers_baseline.SPECIAL
+    none = torch.zeros(16, dtype=torch.int64)
+    batch = collator([{"input_ids": row, "special_tokens_mask": none} for row in clean])
+    hidden = batch["labels"] != -100
+    assert hidden.float().mean() == pytest.approx(0.5, abs=0.06)
+    mask_token = 20 + transformers_baseline.SPECIAL
+    assert torch.equal(batch["input_ids"], clean.masked_fill(hidden, mask_token))
+    assert torch.equal(batch["labels"][hidden], clean[hidden])
+    output = model(input_ids=batch["input_ids"], labels=batch["labels"])
+    p = output.logits.softmax(-1)[hidden].gather(1, clean[hidden][:, None])
+    assert output.loss.item() == pytest.approx(-p.log().mean().item(), abs=1e-5)
+    ours = sum(p.numel() for p in Transformer(config).blocks.parameters())
+    theirs = sum(p.numel() for p in model.roberta.encoder.parameters() if p.dim() == 2)
+    assert ours == theirs  # the same matrices
+
+
+def test_the_classical_stack_is_measured_beside_ours(capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    small = {"tiny": (ModelConfig(20, 16, n_layer=1, n_head=2, n_embd=32), 4, 4)}
+    monkeypatch.setattr(transformers_baseline, "SHAPES", small)
+    assert transformers_baseline.main(["--shape=tiny", "--repeats=2", "--warm-up=1", "--no-compile",
+                                       "--device=cpu", "--precision=float32"]) == 0
+    output, progress = capsys.readouterr()
+    result = json.loads(output.splitlines()[-1])
+    speeds = {name: way["tokens_per_second"] for name, way in result["ways"].items()}
+    assert list(speeds) == ["masked", "roberta"] and min(speeds.values()) > 0
+    assert result["ratio"] == speeds["masked"] / speeds["roberta"]
+    assert [line.split()[4] for line in progress.splitlines()] == ["masked:", "roberta:"] * 3
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--repeats=0"], "must be at least 1"), (["--rows=0"], "must be at least 1"),
+    (["--mlm-probability=1.5"], "must be in (0, 1], not 1.5"), (["--shape=huge"], "invalid choice: 'huge'"),
+])
+def test_the_classical_stack_answers_mistakes_in_one_line(capsys, monkeypatch, arguments, says):
+    monkeypatch.setattr(transformers_baseline.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(SystemExit, match="2"):
+        transformers_baseline.main(arguments)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("bench.transformers_baseline: ") and says in error
+
+
+def test_without_transformers_one_line_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr(transformers_baseline.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        transformers_baseline.main([])
+    assert capsys.readouterr().err == ("bench.transformers_baseline: the classical stack is not installed: "
+                                       "pip install transformers\n")
