@@ -145,7 +145,7 @@ def time_to_loss(args: argparse.Namespace, flags: list[str]) -> dict:
         if steps is None:
             print(f"six steps, to see how many fit into {args.our_minutes:g} minutes:", flush=True)
             steps = affordable_steps(args.config, flags, Path(temporary) / "six", args.our_minutes)
-        pace = {"steps": steps, "log-interval": 1, "eval-interval": max(1, steps // args.measurements),
+        pace = {"steps": steps, "log-interval": 1, "eval-interval": math.ceil(steps / args.measurements),
                 "final-eval-rows": cfg.eval_rows}
         ours = train_ours(args.config, flags + [f"--{name}={value}" for name, value in pace.items()],
                           args.out_dir or Path(temporary) / "ours")
