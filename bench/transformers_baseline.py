@@ -23,7 +23,7 @@ from bench.training import SHAPES, Way
 from configs import ConfigError, Parser
 from diffusion import keyed_generator
 from model import ModelConfig, count_parameters, round_up
-from train import can_compile, choose_device, choose_dtype
+from train import can_compile, choose_device, choose_dtype, keep_freed_memory
 
 START, PAD, SPECIAL = 0, 1, 2  # RoBERTa's first ids; real tokens follow these two, the mask token is the last
 
@@ -56,10 +56,10 @@ def roberta(config: ModelConfig, mlm_probability: float) -> tuple[torch.nn.Modul
 class Classical:
     """What bench.training.Way is, with the other stack."""
 
-    def __init__(self, args: argparse.Namespace, config: ModelConfig, rows: int):
+    def __init__(self, args: argparse.Namespace):
         torch.manual_seed(0)
-        self.name, self.config, self.rows, self.args = "roberta", config, rows, args
-        self.model, self.collator = roberta(config, args.mlm_probability)
+        self.name, self.config, self.rows, self.args = "roberta", args.config, args.rows, args
+        self.model, self.collator = roberta(args.config, args.mlm_probability)
         self.model.to(args.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.network = torch.compile(self.model) if args.compile else self.model
@@ -110,6 +110,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     args.dtype, args.optimizer = choose_dtype(args.precision, args.device), "adamw"
     args.compile = args.compile and can_compile()
+    args.config, rows_cpu, rows_gpu = SHAPES[args.shape]
+    args.rows = args.rows or (rows_gpu if args.device.type == "cuda" else rows_cpu)
     return args
 
 
@@ -117,10 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     import transformers
 
-    config, rows_cpu, rows_gpu = SHAPES[args.shape]
-    rows = args.rows or (rows_gpu if args.device.type == "cuda" else rows_cpu)
-    ways = [Way("masked", args, config, rows), Classical(args, config, rows)]
-    print(f"{args.shape}: {rows} rows of {config.context_length} tokens, {args.dtype}, "
+    keep_freed_memory()
+    ways, tokens = [Way("masked", args), Classical(args)], args.rows * args.config.context_length
+    print(f"{args.shape}: {args.rows} rows of {args.config.context_length} tokens, {args.dtype}, "
           f"{'compiled' if args.compile else 'eager'}, AdamW, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     for number in range(args.warm_up + args.repeats):
@@ -135,16 +136,16 @@ def main(arguments: list[str] | None = None) -> int:
         seconds = way.seconds[args.warm_up :]
         row = figures[way.name] = {
             "parameters": count_parameters(way.model), "spread": max(seconds) / min(seconds) - 1,
-            "tokens_per_second": rows * config.context_length / statistics.median(seconds),
+            "tokens_per_second": tokens / statistics.median(seconds),
             "first_step_seconds": way.seconds[0]}
         print(f"{way.name:8} {row['parameters'] / 1e6:9.1f}M {row['tokens_per_second']:9,.0f} "
               f"{row['spread']:8.1%} {row['first_step_seconds']:9.1f} s")
     ratio = figures["masked"]["tokens_per_second"] / figures["roberta"]["tokens_per_second"]
     print(f"masked is {ratio:.2f} times as fast")
-    print(json.dumps({"shape": args.shape, "rows": rows, "config": vars(config), "dtype": str(args.dtype),
-                      "device": str(args.device), "compiled": args.compile, "torch": torch.__version__,
-                      "transformers": transformers.__version__, "mlm_probability": args.mlm_probability,
-                      "ratio": ratio, "ways": figures}))
+    print(json.dumps({"shape": args.shape, "rows": args.rows, "config": vars(args.config),
+                      "dtype": str(args.dtype), "device": str(args.device), "compiled": args.compile,
+                      "torch": torch.__version__, "transformers": transformers.__version__,
+                      "mlm_probability": args.mlm_probability, "ratio": ratio, "ways": figures}))
     return 0
 
 
