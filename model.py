@@ -159,6 +159,11 @@ class Transformer(nn.Module):
         return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster there. A CPU without instructions for it emulates them, far too slowly."""
+    return {"cuda": True, "mps": False, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported()}[device.type]
+
+
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 

@@ -38,6 +38,7 @@ from model import (
     count_parameters,
     digest,
     flops_per_token,
+    has_bfloat16,
     load_checkpoint,
     optimizer_groups,
     read_checkpoint_file,
@@ -214,10 +215,9 @@ def can_compile() -> bool:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products. A CPU without bfloat16 instructions emulates them, far too slowly."""
+    """The type of matrix products."""
     if precision == "auto":
-        native = {"cuda": True, "mps": False, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported()}
-        precision = "bfloat16" if native[device.type] else "float32"
+        precision = "bfloat16" if has_bfloat16(device) else "float32"
     return getattr(torch, precision)
 
 
