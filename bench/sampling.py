@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from bench.training import SHAPES
+from configs import ConfigError, Parser
 from diffusion import draw_tokens, generate, largest, left_to_right_model
 from model import ModelConfig, Transformer, norm, rotate
-from train import can_compile, choose_device, choose_dtype
+from train import can_compile, choose_device, choose_dtype, keep_freed_memory
 
 
 class CachedTwin:
@@ -110,18 +111,25 @@ def ways(network: Callable, model: Transformer, twin: Transformer, x: Tensor,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench.sampling", description=__doc__.split("\n")[0])
+    parser = Parser(prog="bench.sampling", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=list(SHAPES), default="shakespeare")
     add("--new-tokens", type=int, help="default: the context")
     add("--batch-sizes", type=int, nargs="+", default=[1, 8])
     add("--steps", type=int, nargs="+", default=[16, 64])
+    add("--without", nargs="+", default=[], metavar="WAY", help="leave out the ways with such a name, as the "
+        "last one, which takes minutes at the gpt2 shape")
     add("--repeats", type=int, default=3)
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--precision", default="auto", choices=("auto", "bfloat16", "float32"))
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
-    device = choose_device(args.device)
+    keep_freed_memory()
+    try:
+        device = choose_device(args.device)
+    except ConfigError as error:
+        parser.error(str(error))
     dtype = choose_dtype(args.precision, device)
     config = SHAPES[args.shape][0]
     torch.manual_seed(0)
@@ -140,7 +148,8 @@ def main() -> int:
     for batch in args.batch_sizes:
         x = torch.full((batch, T), mask_id, device=device)
         x[:, : T - new] = 0
-        writers = ways(network, model, twin, x, args.steps)
+        writers = {way: write for way, write in ways(network, model, twin, x, args.steps).items()
+                   if way[0] not in args.without}
         seconds: dict[tuple[str, int], list[float]] = {way: [] for way in writers}
         for repeat in range(args.repeats + 1):  # the first is the warm-up
             for way, write in writers.items():
@@ -158,8 +167,9 @@ def main() -> int:
         by_way = {(row["way"], row["calls"]): row["seconds"] for row in rows if row["batch"] == batch}
         most = min(max(args.steps), new)
         per_call = by_way["denoise, random", most] / most
-        print(f"  batch {batch}: as long as the cached twin takes, denoise makes "
-              f"{by_way['gpt, cached', T] / per_call:.0f} calls")
+        if ("gpt, cached", T) in by_way:
+            print(f"  batch {batch}: as long as the cached twin takes, denoise makes "
+                  f"{by_way['gpt, cached', T] / per_call:.0f} calls")
         for name in ("straightforward", "straightforward, eager"):
             if (name, most) in by_way:
                 ratio = by_way[name, most] / by_way["denoise, random", most]
