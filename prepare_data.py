@@ -32,6 +32,7 @@ import numpy as np
 import tiktoken
 
 PIECE = 1 << 20  # long texts are tokenized in pieces of about this many bytes
+PATIENCE = 60  # seconds that a server may send nothing
 
 
 class DataError(Exception):
@@ -67,7 +68,7 @@ class Progress:
         self.done += num_bytes
         now = time.monotonic()
         if sys.stderr.isatty() and (now - self.shown > 0.2 or self.done == self.total):
-            self.shown, speed = now, self.done / (now - self.start)
+            self.shown, speed = now, max(1, self.done) / (now - self.start)
             left = f", {max(0, self.total - self.done) / speed:.0f} s left" if self.total else ""
             print(f"\r{self.label}: {self.done / 1e6:.0f} MB at {speed / 1e6:.1f} MB/s{left}\033[K", end="\r",
                   file=sys.stderr)
@@ -87,9 +88,9 @@ def download(url: str, sha256: str, path: Path) -> Path:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             resumed = response.status == 206  # otherwise the server sends the file from its beginning
-            total = int(response.headers.get("Content-Length") or 0) + (have if resumed else 0)
+            total = (response.length or 0) + (have if resumed else 0)
             progress = Progress(f"downloading {path.name}", total)
             with open(part, "ab" if resumed else "wb") as file:
                 while block := response.read(1 << 18):
@@ -99,8 +100,8 @@ def download(url: str, sha256: str, path: Path) -> Path:
             raise DataError(f"{url}: the connection ended early; run again to resume")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the part is already the whole file
-            raise DataError(f"{url}: {error}") from None
-    except (OSError, http.client.HTTPException) as error:  # no route, reset, timeout, broken off
+            raise DataError(f"{url}: the server answers with HTTP status {error.code}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:  # no route, timeout, a broken redirect
         raise DataError(f"{url}: {getattr(error, 'reason', error)}; run again to resume") from None
     found = sha256_of(part)
     if found != sha256:
@@ -233,6 +234,8 @@ def hugging_face(name: str) -> Documents:
         for i, row in enumerate(rows):
             if "text" not in row:
                 raise DataError(f"{name} has no column text; it has {', '.join(row)}")
+            if type(row["text"]) is not str or re.search("[\ud800-\udfff]", row["text"]):
+                raise DataError(f"{name}: document {i} is not Unicode text: {row['text']!r:.60}")
             yield "val" if i % 1000 == 999 else "train", [row["text"]]
     except (OSError, ValueError) as error:
         raise DataError(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
@@ -332,43 +335,48 @@ class TokenFile:
     def __init__(self, folder: str | Path, split: str):
         self.path = Path(folder) / f"{split}.bin"
         try:
-            meta = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
-            self.tokenizer, self.vocab_size = str(meta["tokenizer"]), int(meta["vocab_size"])
-            self.num_tokens, self.num_bytes = int(meta[split]["tokens"]), int(meta[split]["bytes"])
+            with open(Path(folder) / "meta.json", encoding="utf-8") as file:
+                meta = json.loads(file.read(2**16))  # write_dataset needs a kilobyte or two
+            self.tokenizer, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
+            self.num_tokens, self.num_bytes = meta[split]["tokens"], meta[split]["bytes"]
+            types = list(map(type, (self.tokenizer, self.vocab_size, self.num_tokens, self.num_bytes)))
+            if (meta["format"], types) != (1, [str, int, int, int]) or self.num_bytes < 1:
+                raise ValueError("it is not of format 1")
+            if not 1 <= self.vocab_size <= 2**20:
+                raise ValueError("no tokenizer has so many tokens")
             dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
-            size = self.path.stat().st_size
+            self.file = open(self.path, "rb")
+            size = os.fstat(self.file.fileno()).st_size
         except FileNotFoundError as error:
             raise DataError(f"no {error.filename}: run prepare_data.py with --out-dir {folder}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}/meta.json is damaged ({error!r}): run prepare_data.py again") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{folder}/meta.json is damaged ({error!r:.99}): prepare it again") from None
         expected = self.num_tokens * np.dtype(dtype).itemsize
         if size != expected or not size:
             raise DataError(f"{self.path} has {size} bytes, not {expected}: run prepare_data.py again")
-        self.tokens = np.memmap(self.path, dtype, mode="r")
+        self.tokens = np.memmap(self.file, dtype, mode="r")
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(rows, length) int64: the windows that begin at `starts`."""
+        if self.num_tokens < length:
+            raise DataError(f"{self.path} has {self.num_tokens} tokens, fewer than one context of {length}: "
+                            "use more text or a smaller context_length")
+        if os.fstat(self.file.fileno()).st_size < self.tokens.nbytes:  # reading on would be a bus error
+            raise DataError(f"{self.path} was cut short while in use: run prepare_data.py again")
         rows = np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
         if rows.max() >= self.vocab_size:
             raise DataError(f"{self.path} holds token {rows.max()}, outside the vocabulary of "
                             f"{self.vocab_size}: run prepare_data.py again")
         return rows
 
-    def check_length(self, length: int) -> None:
-        if self.num_tokens < length:
-            raise DataError(f"{self.path} has {self.num_tokens} tokens, fewer than one context of {length}: "
-                            "use more text or a smaller context_length")
-
     def batch(self, seed: int, step: int, rows: int, length: int) -> np.ndarray:
         """(rows, length): the global batch of a step, random windows that depend on (seed, step) alone."""
-        self.check_length(length)
-        starts = np.random.default_rng([seed, step]).integers(0, self.num_tokens - length + 1, rows)
+        starts = np.random.default_rng([seed, step]).integers(0, max(1, self.num_tokens - length + 1), rows)
         return self.read(starts, length)
 
     def spread(self, rows: int, length: int) -> np.ndarray:
         """(rows or fewer, length): always the same windows, evenly spread, apart, to evaluate on."""
-        self.check_length(length)
-        rows = min(rows, self.num_tokens // length)
+        rows = min(rows, max(1, self.num_tokens // length))
         return self.read(np.linspace(0, self.num_tokens - length, rows).astype(np.int64), length)
 
 
@@ -399,7 +407,7 @@ def main(arguments: list[str] | None = None) -> int:
             size = sum(path.stat().st_size for path in paths if path.exists())
         out_dir = args.out_dir or Path("data") / re.sub(r"\W+", "-", name)
         documents = itertools.islice(documents, args.max_documents)
-        meta = write_dataset(documents, args.tokenizer, out_dir, " ".join(args.corpus), size)
+        meta = write_dataset(documents, args.tokenizer, out_dir, " ".join(args.corpus)[:1000], size)
     except (DataError, OSError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, DataError) else 1

@@ -21,6 +21,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -212,11 +213,15 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 def save(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
     """A file that model.read_checkpoint_file reads. A kill leaves the old file or the new one, no mixture."""
     text, part = json.dumps(info), path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save({"tensors": tensors, "info": text, "digest": digest(tensors, text)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            torch.save({"tensors": tensors, "info": text, "digest": digest(tensors, text)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
+        part.unlink(missing_ok=True)
+        raise OSError(f"step {info['step']} cannot be saved; is the disk full? ({error})"[:300]) from None
 
 
 Optimizers = list[torch.optim.Optimizer]
@@ -243,7 +248,7 @@ def load_training_state(model: Transformer, ema_model: Transformer, optimizers: 
         optimizer.step()
         optimizer.zero_grad()
     for name, tensor in training_state(model, ema_model, optimizers).items():
-        tensor.copy_(saved[name])
+        tensor.copy_(saved[name].view(tensor.shape))  # copy_ alone would repeat a smaller one
 
 
 def check_same_run(cfg: TrainConfig, saved: dict) -> None:
@@ -253,6 +258,25 @@ def check_same_run(cfg: TrainConfig, saved: dict) -> None:
     for name, value in dataclasses.asdict(cfg).items():
         if name not in may_differ and saved.get(name) != value:
             raise ConfigError(f"cannot resume with {name} {value!r}: the run has {saved.get(name)!r}")
+
+
+def lock(file: TextIO) -> None:
+    """Keep a second run out of the folder of `file`, until this process ends in whatever way."""
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"another run is writing {file.name}: wait for its end or stop it") from None
+    except (ImportError, OSError):  # some network file systems have no locks
+        pass
+
+
+def check_finite(what: str, value: float, out_dir: Path) -> None:
+    """Stop the run before a number that is none can reach a checkpoint."""
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {what} is {value}; {out_dir} keeps its checkpoint. Usual causes: a "
+                                 "learning rate too high, no grad_clip, bad --init-from")
 
 
 def show(text: str, stays: bool = False) -> None:
@@ -297,8 +321,8 @@ def train(cfg: TrainConfig) -> int:
     # --- the data ----------------------------------------------------------------------------------
     train_file, val_file = TokenFile(cfg.data_dir, "train"), TokenFile(cfg.data_dir, "val")
     T = cfg.context_length
-    train_file.check_length(T)
-    val_file.check_length(T)
+    for file in (train_file, val_file):
+        file.spread(1, T)  # too short a file is refused before anything is written
     rows = cfg.micro_batch_size or max(1, cfg.batch_size // world)  # of one forward pass
     parts = cfg.batch_size // rows  # micro-batches of the global batch, over all processes
     if rows * parts != cfg.batch_size or parts % world:
@@ -332,17 +356,26 @@ def train(cfg: TrainConfig) -> int:
     losses = torch.zeros(0, dtype=torch.float64)  # of the steps since the last line of the log
     if cfg.resume:
         tensors, info = read_checkpoint_file(out_dir / "state.pt")
-        check_same_run(cfg, info["config"])
-        load_training_state(model, ema_model, optimizers, tensors)
-        step, log_size, seconds_before = info["step"], info["log_size"], info["seconds"]
-        best, losses = math.inf if info["best"] is None else info["best"], tensors["losses"]
+        try:
+            check_same_run(cfg, info["config"])
+            if info["model"] != dataclasses.asdict(model_config) or info["tokenizer"] != train_file.tokenizer:
+                raise ConfigError(f"cannot resume on {cfg.data_dir}: the run has another vocabulary")
+            load_training_state(model, ema_model, optimizers, tensors)
+            step, log_size = max(0, int(info["step"])), max(0, int(info["log_size"]))
+            best = math.inf if info["best"] is None else float(info["best"])
+            losses, seconds_before = tensors["losses"].flatten(), float(info["seconds"])
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{out_dir}/state.pt does not fit this run: {error!r:.200}") from None
     elif (out_dir / "state.pt").exists():
         raise ConfigError(f"{out_dir} holds a run: continue it with --resume, or choose another --out-dir")
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        log = open(out_dir / "log.jsonl", "r+" if cfg.resume else "w", buffering=1)
-        log.seek(log.truncate(log_size))  # what was logged after the checkpoint will happen again
+        log = open(out_dir / "log.jsonl", "a+", buffering=1)
+        lock(log)
+        log.truncate(min(log_size, log.seek(0, os.SEEK_END)))  # what was logged later will happen again
+        log.seek(0, os.SEEK_END)
+        (out_dir / "config.json.part").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        os.replace(out_dir / "config.json.part", out_dir / "config.json")
         ceiling = matmul_ceiling(device, dtype)
         show(f"{count_parameters(model) / 1e6:.1f}M parameters on {device}; {str(dtype)[6:]} matrix products "
              f"reach {ceiling / 1e9:,.0f} GFLOP/s; step {step} of {cfg.steps}"
@@ -378,11 +411,9 @@ def train(cfg: TrainConfig) -> int:
             total += share.detach()
         if world > 1:
             dist.all_reduce(total)
-        if not math.isfinite(value := total.item()):
-            raise FloatingPointError(f"the loss of step {step} is {value}; {out_dir} keeps its checkpoint."
-                                     " Usual causes: a learning rate too high, no grad_clip, bad --init-from")
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        check_finite(f"loss of step {step}", value := total.item(), out_dir)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        check_finite(f"gradient's norm of step {step}", norm.item(), out_dir)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -414,9 +445,11 @@ def train(cfg: TrainConfig) -> int:
             with autocast:
                 bound = evaluate(ema_model, x_0.to(device), model_config.mask_id, cfg.objective,
                                  curve_points=30 if finished else 10, batch_size=rows)
+            check_finite(f"validation loss after step {step}", bound.nats, out_dir)
             bits_per_byte = bound.nats * val_file.num_tokens / val_file.num_bytes / math.log(2)
             figures = {"step": step, "nats": bound.nats, "stderr": bound.stderr, "rows": len(x_0),
                        "bits_per_byte": bits_per_byte, "curve": bound.curve and bound.curve._asdict()}
+            figures = json.loads(json.dumps(figures), parse_constant=lambda nan: None)  # JSON has no NaN
             print(json.dumps(figures), file=log)
             show(f"step {step}: {describe(bound, bits_per_byte, cfg.objective)}", stays=True)
 
@@ -452,14 +485,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return train(load(TrainConfig, path, arguments[path is not None :], "train.py", __doc__))
     except (ConfigError, DataError, CheckpointError) as error:  # the user's mistake
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        code, message = 2, str(error)
     except (FloatingPointError, OSError) as error:  # diverged, disk full
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: out of memory, use a smaller --micro-batch-size ({error})"[:300], file=sys.stderr)
-        return 1
+        code, message = 1, f"{error}; what was saved before is intact"
+    except (MemoryError, RuntimeError) as error:
+        code, message = 1, f"out of memory, use a smaller --micro-batch-size ({error!r:.200})"
+        if "alloc" not in message and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+            if not dist.is_initialized():
+                raise
+            message = f"a process of this run was lost, go on with --resume ({error!r:.200})"
+    print(f"train.py: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
