@@ -199,15 +199,15 @@ def digest(tensors: dict[str, Tensor], info: str) -> str:
 
 def refuse_bombs(path: Path) -> None:
     """torch.load runs no code of a file, but lets a kilobyte fill the memory: ValueError for what could."""
-    tensors = {"torch FloatStorage", "torch DoubleStorage", "torch._utils _rebuild_tensor_v2"}
+    tensors = {"torch FloatStorage", "torch DoubleStorage", "torch._utils _rebuild_tensor_v2",
+               "collections OrderedDict"}  # all that our own files call
     with zipfile.ZipFile(path) as archive:
         (pickle,) = (entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
         if any(entry.compress_type for entry in archive.infolist()) or pickle.file_size > 2**20:
-            raise ValueError("compressed, or not only tensors")
+            raise ValueError("it is compressed, or has a megabyte besides the tensors")
         opcodes = pickletools.genops(archive.read(pickle))
-        calls = {name for opcode, name, _ in opcodes if opcode.name == "GLOBAL"}
-    if not calls <= tensors | {"collections OrderedDict"}:
-        raise ValueError(f"it calls {max(calls - tensors)}")
+        if strange := {name for opcode, name, _ in opcodes if opcode.name == "GLOBAL"} - tensors:
+            raise ValueError(f"it calls {max(strange)}")
 
 
 def read_checkpoint_file(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -216,10 +216,8 @@ def read_checkpoint_file(path: Path) -> tuple[dict[str, Tensor], dict]:
         refuse_bombs(path)
         content = torch.load(path, map_location="cpu", weights_only=True)  # never runs code of the file
         tensors, info = content["tensors"], json.loads(content["info"])
-        if sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:
-            raise ValueError("its tensors are larger than the file")
-        if info["format"] != 1:
-            raise ValueError(f"format {info['format']}, not 1")
+        if info["format"] != 1 or sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:
+            raise ValueError(f"format {info['format']}, not 1, or larger than the file")
         intact = digest(tensors, content["info"]) == content["digest"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: train a model first, or name another folder") from None

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -199,12 +198,9 @@ def wikipedia(name: str, downloads: Path) -> Documents:
     """text8 or enwik8, 100 MB: the usual 90/5/5 split; the last 5 MB are left for a final test."""
     sha256 = {"text8": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
               "enwik8": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"}[name]
-    path = downloads / name
-    if not path.exists():
-        archive = download(f"http://mattmahoney.net/dc/{name}.zip", sha256, downloads / f"{name}.zip")
-        with zipfile.ZipFile(archive).open(name) as text, open(f"{path}.part", "wb") as part:
-            shutil.copyfileobj(text, part)
-        os.replace(f"{path}.part", path)
+    archive = download(f"http://mattmahoney.net/dc/{name}.zip", sha256, downloads / f"{name}.zip")
+    with zipfile.ZipFile(archive) as file:  # unpacked anew each time: only the archive has a hash
+        path = Path(file.extract(name, downloads))
     yield from split_by_position(path, 90_000_000, 95_000_000)
 
 
@@ -340,10 +336,8 @@ class TokenFile:
             self.tokenizer, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
             self.num_tokens, self.num_bytes = meta[split]["tokens"], meta[split]["bytes"]
             types = list(map(type, (self.tokenizer, self.vocab_size, self.num_tokens, self.num_bytes)))
-            if (meta["format"], types) != (1, [str, int, int, int]) or self.num_bytes < 1:
+            if (meta["format"], types) != (1, [str, int, int, int]) or not 1 <= self.vocab_size <= 2**20:
                 raise ValueError("it is not of format 1")
-            if not 1 <= self.vocab_size <= 2**20:
-                raise ValueError("no tokenizer has so many tokens")
             dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
             self.file = open(self.path, "rb")
             size = os.fstat(self.file.fileno()).st_size
@@ -352,7 +346,7 @@ class TokenFile:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{folder}/meta.json is damaged ({error!r:.99}): prepare it again") from None
         expected = self.num_tokens * np.dtype(dtype).itemsize
-        if size != expected or not size:
+        if size != expected or not size or self.num_bytes < 1:
             raise DataError(f"{self.path} has {size} bytes, not {expected}: run prepare_data.py again")
         self.tokens = np.memmap(self.file, dtype, mode="r")
 

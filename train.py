@@ -21,7 +21,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -46,8 +45,7 @@ from prepare_data import DataError, TokenFile
 
 def knob(default, help: str, choices: tuple = (), low: float = -math.inf, high: float = 1e15):
     """A field of TrainConfig: its default, its --help, and the values it may take."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,8 @@ class TrainConfig:
                 raise ValueError(f"{field.name} must be {' or '.join(allowed['choices'])}, not {value!r}")
             if type(value) in (int, float) and not allowed["low"] <= value <= allowed["high"]:
                 raise ValueError(f"{field.name} is out of range: {value}")
-        ModelConfig(1, self.context_length, self.n_layer, self.n_head, self.n_embd)  # has checks of its own
-        longest = self.prefix_length if self.prefix_length_max is None else self.prefix_length_max
-        if not self.prefix_length <= longest < self.context_length:
-            raise ValueError(f"a prefix of {self.prefix_length} to {longest} tokens does not fit "
-                             f"context_length {self.context_length}")
-        if self.mask_levels > self.context_length - longest:
-            raise ValueError(f"mask_levels {self.mask_levels} is more than the tokens that can be hidden")
+        ModelConfig(1, self.context_length, self.n_layer, self.n_head, self.n_embd)  # both check the rest
+        corrupt(torch.zeros(2, self.context_length).long(), 1, torch.Generator(), **self.masking())
 
     def masking(self) -> dict:
         """The arguments of diffusion.corrupt."""
@@ -220,7 +213,6 @@ def save(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
-        part.unlink(missing_ok=True)
         raise OSError(f"step {info['step']} cannot be saved; is the disk full? ({error})"[:300]) from None
 
 
@@ -260,14 +252,14 @@ def check_same_run(cfg: TrainConfig, saved: dict) -> None:
             raise ConfigError(f"cannot resume with {name} {value!r}: the run has {saved.get(name)!r}")
 
 
-def lock(file: TextIO) -> None:
-    """Keep a second run out of the folder of `file`, until this process ends in whatever way."""
+def lock(file: int, path: Path) -> None:
+    """Keep any second run from writing `path`, open as `file`, until this process ends in whatever way."""
     try:
         import fcntl  # not on Windows
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"another run is writing {file.name}: wait for its end or stop it") from None
+        raise ConfigError(f"another run is writing {path}: wait for its end or stop it") from None
     except (ImportError, OSError):  # some network file systems have no locks
         pass
 
@@ -296,15 +288,6 @@ def describe(bound: Bound, bits_per_byte: float, objective: str) -> str:
         levels = (f"  {counts[i] / N:.0%} {nats[i]:.2f}" for i in sorted(tenths))
         text += "\n  loss by share hidden:" + "".join(levels)
     return text
-
-
-def any_process(wants: bool, world: int, device: torch.device) -> bool:
-    """Whether any process wants to stop: all must leave the loop at the same step."""
-    if world == 1:
-        return wants
-    flag = torch.tensor(float(wants), device=device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
 
 
 def train(cfg: TrainConfig) -> int:
@@ -371,9 +354,8 @@ def train(cfg: TrainConfig) -> int:
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
         log = open(out_dir / "log.jsonl", "a+", buffering=1)
-        lock(log)
-        log.truncate(min(log_size, log.seek(0, os.SEEK_END)))  # what was logged later will happen again
-        log.seek(0, os.SEEK_END)
+        lock(log.fileno(), out_dir / "log.jsonl")
+        log.seek(log.truncate(min(log_size, log.seek(0, os.SEEK_END))))  # what came later will happen again
         (out_dir / "config.json.part").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         os.replace(out_dir / "config.json.part", out_dir / "config.json")
         ceiling = matmul_ceiling(device, dtype)
@@ -455,7 +437,11 @@ def train(cfg: TrainConfig) -> int:
 
         # Save, when there is news or no more time.
         out_of_time = cfg.max_minutes is not None and time.monotonic() - started > 60 * cfg.max_minutes
-        stopping = any_process(bool(signals) or out_of_time or step == cfg.max_steps, world, device)
+        stopping = bool(signals) or out_of_time or step >= (cfg.max_steps or cfg.steps)
+        if world > 1:  # all must leave the loop at the same step
+            wishes = torch.tensor(float(stopping), device=device)
+            dist.all_reduce(wishes)
+            stopping = wishes.item() > 0
         if master and (measuring or stopping):
             info = {"format": 1, "model": dataclasses.asdict(model_config), "config": dataclasses.asdict(cfg),
                     "tokenizer": train_file.tokenizer, "step": step, "evaluation": figures}

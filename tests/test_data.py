@@ -701,17 +701,21 @@ def test_text8_is_unpacked(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
         archive.writestr("text8", " anarchism originated as a term")
     local_downloads(monkeypatch, {"text8.zip": (tmp_path / "archive.zip").read_bytes()})
+    (tmp_path / "text8").write_text("half of an earlier attempt that was killed")
     text = "".join(text for _, text in read(prepare_data.CORPORA["text8"](tmp_path)))
     assert text == " anarchism originated as a term"
 
 
-def test_text8_trains_on_90_million_and_validates_on_5(tmp_path):
+def test_text8_trains_on_90_million_and_validates_on_5(tmp_path, monkeypatch):
     marks = {0: b"a", 89_999_999: b"b", 90_000_000: b"c", 94_999_999: b"d", 95_000_000: b"e"}
-    with open(tmp_path / "text8", "wb") as file:  # already there, nothing to download; between the marks NUL
+    with open(tmp_path / "text8", "wb") as file:  # between the marks NUL
         file.truncate(100_000_000)
         for position, mark in marks.items():
             file.seek(position)
             file.write(mark)
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.write(tmp_path / "text8", "text8")
+    local_downloads(monkeypatch, {"text8.zip": (tmp_path / "archive.zip").read_bytes()})
     ends = []
     for split, pieces in prepare_data.CORPORA["text8"](tmp_path):
         pieces = list(pieces)
