@@ -238,9 +238,8 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> t
     path = Path(folder) / "model.pt"
     tensors, info = read_checkpoint_file(path)
     try:
-        config = ModelConfig(**info["model"])
-        names = info["tokenizer"], info["config"]["objective"]
-        if config.n_layer > len(tensors) or [type(name) for name in names] != [str, str]:
+        config, objective = ModelConfig(**info["model"]), info["config"]["objective"]
+        if config.n_layer > len(tensors) or {type(objective), type(info["tokenizer"])} != {str}:
             raise ValueError("layers, tokenizer or objective are missing")
         with torch.device("meta"):  # no memory for what a hostile file claims, no time for random weights
             model = Transformer(config)

@@ -31,7 +31,6 @@ import numpy as np
 import tiktoken
 
 PIECE = 1 << 20  # long texts are tokenized in pieces of about this many bytes
-PATIENCE = 60  # seconds that a server may send nothing
 
 
 class DataError(Exception):
@@ -78,7 +77,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def download(url: str, sha256: str, path: Path) -> Path:
+def download(url: str, sha256: str, path: Path, timeout: float = 60) -> Path:
     """Fetch `url` to `path`, resuming what was interrupted. Only the right hash earns the file its name."""
     if path.exists() and sha256_of(path) == sha256:
         return path
@@ -87,7 +86,7 @@ def download(url: str, sha256: str, path: Path) -> Path:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
             resumed = response.status == 206  # otherwise the server sends the file from its beginning
             total = (response.length or 0) + (have if resumed else 0)
             progress = Progress(f"downloading {path.name}", total)
@@ -199,8 +198,7 @@ def wikipedia(name: str, downloads: Path) -> Documents:
     sha256 = {"text8": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
               "enwik8": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"}[name]
     archive = download(f"http://mattmahoney.net/dc/{name}.zip", sha256, downloads / f"{name}.zip")
-    with zipfile.ZipFile(archive) as file:  # unpacked anew each time: only the archive has a hash
-        path = Path(file.extract(name, downloads))
+    path = Path(zipfile.ZipFile(archive).extract(name, downloads))  # anew: only the archive has a hash
     yield from split_by_position(path, 90_000_000, 95_000_000)
 
 
@@ -345,8 +343,7 @@ class TokenFile:
             raise DataError(f"no {error.filename}: run prepare_data.py with --out-dir {folder}") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{folder}/meta.json is damaged ({error!r:.99}): prepare it again") from None
-        expected = self.num_tokens * np.dtype(dtype).itemsize
-        if size != expected or not size or self.num_bytes < 1:
+        if size != (expected := self.num_tokens * np.dtype(dtype).itemsize) or min(size, self.num_bytes) < 1:
             raise DataError(f"{self.path} has {size} bytes, not {expected}: run prepare_data.py again")
         self.tokens = np.memmap(self.file, dtype, mode="r")
 

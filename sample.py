@@ -147,13 +147,10 @@ def sampling_options(args: argparse.Namespace, info: dict, tokenizer: tiktoken.E
                     order=args.order, remask=args.remask, threshold=args.threshold,
                     block_length=args.block_length, gumbel=args.gumbel)
     if args.schedule == "optimal":
-        curve = (info["evaluation"] or {}).get("curve")
-        if not curve:
-            raise ValueError("--schedule optimal needs a checkpoint that was evaluated; this one was not")
         try:
-            curve = diffusion.smooth(diffusion.Curve(**curve))
-        except TypeError:
-            raise ValueError("--schedule optimal: this checkpoint's loss curve is damaged") from None
+            curve = diffusion.smooth(diffusion.Curve(**info["evaluation"]["curve"]))
+        except (LookupError, TypeError):
+            raise ValueError("--schedule optimal needs an evaluated checkpoint; this one is not") from None
         options["schedule"] = diffusion.optimal_schedule(curve, options["steps"])
     return options
 
@@ -251,12 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
         if tokenizer.n_vocab != model.config.vocab_size:
             raise CheckpointError(f"{args.checkpoint} has not the vocabulary of {info['tokenizer']}")
         (score if args.score else write)(args, model, info, tokenizer)
-    except (CheckpointError, DataError, ValueError, MemoryError) as error:
+    except (CheckpointError, DataError, ValueError, MemoryError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, OSError) else 2
     except KeyboardInterrupt:
         return 130
     return 0

@@ -27,19 +27,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model import (CheckpointError, ModelConfig, Transformer, count_parameters, digest,  # isort: skip
+                   flops_per_token, load_checkpoint, optimizer_groups, read_checkpoint_file)
 from configs import ConfigError, load
 from diffusion import MASK_RATIOS, OBJECTIVES, WEIGHTINGS, Bound, corrupt, evaluate, keyed_generator, loss
-from model import (
-    CheckpointError,
-    ModelConfig,
-    Transformer,
-    count_parameters,
-    digest,
-    flops_per_token,
-    load_checkpoint,
-    optimizer_groups,
-    read_checkpoint_file,
-)
 from prepare_data import DataError, TokenFile
 
 
@@ -85,8 +76,7 @@ class TrainConfig:
     # the machine
     seed: int = knob(1, "of weights, data order and masks", low=0)
     device: str = knob("auto", "auto, cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))
-    precision: str = knob("auto", "bfloat16, float32, or auto: bfloat16 where the hardware has it",
-                          ("auto", "bfloat16", "float32"))
+    precision: str = knob("auto", "auto: bfloat16 if the hardware has it", ("auto", "bfloat16", "float32"))
     compile: bool = knob(True, "torch.compile the training step")
     # looking and stopping
     log_interval: int = knob(20, "steps between lines of log.jsonl", low=1)
@@ -216,10 +206,8 @@ def save(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
         raise OSError(f"step {info['step']} cannot be saved; is the disk full? ({error})"[:300]) from None
 
 
-Optimizers = list[torch.optim.Optimizer]
-
-
-def training_state(model: Transformer, ema_model: Transformer, optimizers: Optimizers) -> dict[str, Tensor]:
+def training_state(model: Transformer, ema_model: Transformer,
+                   optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """All a run needs to go on, in one flat dict: "model.*", "ema.*", "optimizer.<parameter>.<what>"."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in ema_model.state_dict().items()}
@@ -231,8 +219,8 @@ def training_state(model: Transformer, ema_model: Transformer, optimizers: Optim
 
 
 @torch.no_grad()
-def load_training_state(model: Transformer, ema_model: Transformer, optimizers: Optimizers,
-                        saved: dict[str, Tensor]) -> None:
+def load_training_state(model: Transformer, ema_model: Transformer,
+                        optimizers: list[torch.optim.Optimizer], saved: dict[str, Tensor]) -> None:
     """Put back what `training_state` took."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -245,23 +233,10 @@ def load_training_state(model: Transformer, ema_model: Transformer, optimizers: 
 
 def check_same_run(cfg: TrainConfig, saved: dict) -> None:
     """A resumed run must be the run that was interrupted: only where and how long it runs may differ."""
-    may_differ = ("data_dir out_dir resume init_from micro_batch_size device precision compile max_steps "
-                  "max_minutes").split()
+    free = "data_dir out_dir resume init_from micro_batch_size device precision compile max_steps max_minutes"
     for name, value in dataclasses.asdict(cfg).items():
-        if name not in may_differ and saved.get(name) != value:
+        if name not in free.split() and saved.get(name) != value:
             raise ConfigError(f"cannot resume with {name} {value!r}: the run has {saved.get(name)!r}")
-
-
-def lock(file: int, path: Path) -> None:
-    """Keep any second run from writing `path`, open as `file`, until this process ends in whatever way."""
-    try:
-        import fcntl  # not on Windows
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"another run is writing {path}: wait for its end or stop it") from None
-    except (ImportError, OSError):  # some network file systems have no locks
-        pass
 
 
 def check_finite(what: str, value: float, out_dir: Path) -> None:
@@ -279,9 +254,8 @@ def show(text: str, stays: bool = False) -> None:
 
 def describe(bound: Bound, bits_per_byte: float, objective: str) -> str:
     """An evaluation in two lines: the figure, and the loss by mask level that it is the mean height of."""
-    sign = "NLL" if objective == "autoregressive" else "NELBO <="
-    text = (f"validation {sign} {bound.nats:.3f} +- {bound.stderr:.3f} nats/token, "
-            f"{bits_per_byte:.3f} bits/byte")
+    sign = "validation NLL" if objective == "autoregressive" else "validation NELBO <="
+    text = f"{sign} {bound.nats:.3f} +- {bound.stderr:.3f} nats/token, {bits_per_byte:.3f} bits/byte"
     if bound.curve:
         N, counts, nats, _ = bound.curve
         tenths = {min(range(len(counts)), key=lambda i: abs(counts[i] - N * k / 10)) for k in range(1, 11)}
@@ -304,8 +278,7 @@ def train(cfg: TrainConfig) -> int:
     # --- the data ----------------------------------------------------------------------------------
     train_file, val_file = TokenFile(cfg.data_dir, "train"), TokenFile(cfg.data_dir, "val")
     T = cfg.context_length
-    for file in (train_file, val_file):
-        file.spread(1, T)  # too short a file is refused before anything is written
+    train_file.spread(1, T), val_file.spread(1, T)  # if too short, refused before anything is written
     rows = cfg.micro_batch_size or max(1, cfg.batch_size // world)  # of one forward pass
     parts = cfg.batch_size // rows  # micro-batches of the global batch, over all processes
     if rows * parts != cfg.batch_size or parts % world:
@@ -354,7 +327,13 @@ def train(cfg: TrainConfig) -> int:
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
         log = open(out_dir / "log.jsonl", "a+", buffering=1)
-        lock(log.fileno(), out_dir / "log.jsonl")
+        try:  # to keep a second run out, until this process ends in whatever way
+            import fcntl
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another run is writing {log.name}: wait for its end or stop it") from None
+        except (ImportError, OSError):  # Windows and some network file systems have no such locks
+            pass
         log.seek(log.truncate(min(log_size, log.seek(0, os.SEEK_END))))  # what came later will happen again
         (out_dir / "config.json.part").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         os.replace(out_dir / "config.json.part", out_dir / "config.json")
@@ -439,8 +418,7 @@ def train(cfg: TrainConfig) -> int:
         out_of_time = cfg.max_minutes is not None and time.monotonic() - started > 60 * cfg.max_minutes
         stopping = bool(signals) or out_of_time or step >= (cfg.max_steps or cfg.steps)
         if world > 1:  # all must leave the loop at the same step
-            wishes = torch.tensor(float(stopping), device=device)
-            dist.all_reduce(wishes)
+            dist.all_reduce(wishes := torch.tensor(float(stopping), device=device))
             stopping = wishes.item() > 0
         if master and (measuring or stopping):
             info = {"format": 1, "model": dataclasses.asdict(model_config), "config": dataclasses.asdict(cfg),

@@ -94,7 +94,7 @@ class Runs:
     def __init__(self, errors: Path):
         self.errors = errors
         self.process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
     def start(self, arguments: list[str], file_size: int = 0) -> int:
         """The process id of a new run, whose files can have at most `file_size` bytes."""
@@ -115,8 +115,8 @@ class Runs:
 def runs(tmp_path_factory):
     runs = Runs(tmp_path_factory.mktemp("runs") / "errors.txt")
     yield runs
-    runs.process.stdin.close()
-    runs.process.wait()
+    os.killpg(runs.process.pid, signal.SIGKILL)  # a run too, that a failed test left
+    runs.process.communicate()
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -128,6 +128,12 @@ def wait_for(condition, seconds: float = 60) -> None:
 def one_line(errors: str, *parts: str) -> bool:
     """Whether this is one line, and says all that."""
     return errors.startswith("train.py: ") and errors.count("\n") == 1 and all(p in errors for p in parts)
+
+
+@pytest.fixture(autouse=True)
+def no_ceiling(monkeypatch):
+    """Runs of this process do not measure it either."""
+    monkeypatch.setattr(training, "matmul_ceiling", lambda device, dtype: 1e9)
 
 
 # ---- killed at any moment -------------------------------------------------------------------------
@@ -179,23 +185,20 @@ def test_a_killed_run_leaves_no_lock_behind(data, tmp_path, runs):
 # ---- the folder: shared, full, read-only ----------------------------------------------------------
 
 
-def test_a_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(data, tmp_path, runs, capsys):
-    out_dir = tmp_path / "out"
-    pid = runs.start(flags(data, out_dir, steps=10**6))
-    wait_for(lambda: (out_dir / "log.jsonl").exists() and (out_dir / "log.jsonl").stat().st_size)
-    for resume in (False, True):
-        wait_for((out_dir / "state.pt").exists if resume else (out_dir / "log.jsonl").exists)
-        if not resume and (out_dir / "state.pt").exists():
-            continue  # then it is refused for that
-        assert main(flags(data, out_dir, steps=10**6, resume=resume)) == 2
-        assert one_line(capsys.readouterr().err, "another run", "log.jsonl")
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_in_the_folder_is_refused_and_disturbs_nothing(data, tmp_path, runs, capsys, resume):
+    out_dir, changes = tmp_path / "out", dict(steps=10**6, eval_interval=6 if resume else 10**6)
+    pid = runs.start(flags(data, out_dir, **changes))
+    wait_for(lambda: (out_dir / "log.jsonl").exists() and (out_dir / "log.jsonl").stat().st_size > 3000)
+    assert main(flags(data, out_dir, resume=resume, **changes)) == 2
+    assert one_line(capsys.readouterr().err, "another run", "log.jsonl")
     os.kill(pid, signal.SIGTERM)
     assert runs.end() == (128 + signal.SIGTERM, "")
     steps = [line["step"] for line in everything(out_dir)[2:] if "loss" in line]
     assert steps == list(range(1, len(steps) + 1))
 
 
-@pytest.mark.parametrize("file_size", [600, 60_000, 200_000])  # the log, model.pt, state.pt
+@pytest.mark.parametrize("file_size", [1500, 60_000, 200_000])  # the log, model.pt, state.pt
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(data, tmp_path, runs, file_size):
     out_dir = tmp_path / "out"
     assert runs.run(flags(data, tmp_path / "whole"))[0] == 0
@@ -203,9 +206,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(data, tmp_path, r
     before = intact(out_dir)
     code, errors = runs.run(flags(data, out_dir, resume=True), file_size=file_size)
     assert code == 1 and one_line(errors, "intact"), errors
-    assert file_size < 1000 or "step 6" in errors
-    after = intact(out_dir)
-    assert after["state.pt"] == before["state.pt"] and not list(out_dir.glob("*.part"))
+    assert file_size == 1500 or "step 6 cannot be saved; is the disk full?" in errors
+    assert intact(out_dir)["state.pt"] == before["state.pt"]
     assert runs.run(flags(data, out_dir, resume=True)) == (0, "")  # there is room again
     assert everything(out_dir) == everything(tmp_path / "whole")
 
@@ -219,7 +221,7 @@ def mount(*arguments: str) -> None:
 def tiny_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk))
+    mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk))
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
@@ -476,7 +478,7 @@ def test_memory_and_file_handles_stay_flat(data, tmp_path, runs, steps):
         samples.append((pages * resource.getpagesize(), len(handles) - saving))
         time.sleep(0.02)
     assert runs.end() == (0, "")
-    warm = samples[len(samples) // 4 :]
+    warm = samples[len(samples) // 4 : len(samples) * 9 // 10]  # without the start and the end
     half = len(warm) // 2
     first, last = (np.median([memory for memory, _ in part]) for part in (warm[:half], warm[half:]))
     handles = [count for _, count in warm]
