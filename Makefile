@@ -24,7 +24,7 @@ test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
 
 test-reliability: .venv/installed-dev
-	$(BIN)/python -m pytest -s -v --durations=0 tests/test_reliability.py tests/test_foreign_files.py
+	$(BIN)/python -m pytest -v --durations=0 tests/test_reliability.py tests/test_foreign_files.py
 
 TORCH ?= 2.9.1
 test-oldest:

@@ -91,7 +91,7 @@ def download(url: str, sha256: str, path: Path, timeout: float = 60) -> Path:
             total = (response.length or 0) + (have if resumed else 0)
             progress = Progress(f"downloading {path.name}", total)
             with open(part, "ab" if resumed else "wb") as file:
-                while block := response.read(1 << 18):
+                while block := response.read1(1 << 18):  # what has come, lest it be lost
                     file.write(block)
                     progress.advance(len(block))
         if part.stat().st_size < total:

@@ -38,7 +38,8 @@ ROOT = Path(__file__).parent.parent
 FIRST = ROOT / "tests/fixtures/first"  # a tiny checkpoint
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 10
 STATUS = Path("/proc/self/status")
-MANY = [pytest.param(200, id="short"), pytest.param(10_000, id="long", marks=pytest.mark.reliability)]
+MANY = [pytest.param(200, 0, id="short"),  # how many inputs, and the seed of their mutations
+        *(pytest.param(5000, seed, id=f"long {seed}", marks=pytest.mark.reliability) for seed in (1, 2))]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
@@ -102,9 +103,9 @@ def refused(read, error: type[Exception]) -> bool:
     return False
 
 
-def fuzz(number: int, read, write, data: bytes, error: type[Exception], label: str) -> None:
-    """Give `read` what `write` makes of `number` mutations of `data`, and print what came of it."""
-    chance, refusals, size = random.Random(0), 0, 0
+def fuzz(number: int, seed: int, read, write, data: bytes, error: type[Exception]) -> str:
+    """Give `read` what `write` makes of `number` mutations of `data`; returns what came of it."""
+    chance, refusals, size = random.Random(seed), 0, 0
     write(data)
     assert not refused(read, error)
     with Peak() as peak:
@@ -113,9 +114,9 @@ def fuzz(number: int, read, write, data: bytes, error: type[Exception], label: s
             size = max(size, len(mutated))
             write(mutated)
             refusals += refused(read, error)
-    print(f"\n{label}: {number:,} inputs of {len(data):,} bytes, {refusals:,} refused, the rest read; "
-          f"memory grew by {peak.grown:.1f} MB")
     assert peak.grown < 64 and refusals > number // 10
+    return (f"{number:,} inputs of {len(data):,} bytes, {refusals:,} refused, the rest read; "
+            f"memory grew by {peak.grown:.1f} MB")
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------
@@ -138,19 +139,20 @@ def use(folder: Path) -> None:
         assert sample.main(["--checkpoint", str(folder), "--length", "4", *options]) in (0, 2)
 
 
-@pytest.mark.parametrize("number", MANY)
-def test_a_checkpoint_of_any_bytes_is_refused_or_is_the_checkpoint(tmp_path, number):
+@pytest.mark.parametrize("number, seed", MANY)
+def test_a_checkpoint_of_any_bytes_is_refused_or_is_the_checkpoint(tmp_path, number, seed, figure):
     path, tensors = tmp_path / "model.pt", read_checkpoint_file(FIRST / "model.pt")[0]
 
     def read():
         model, _ = load_checkpoint(tmp_path)
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
 
-    fuzz(number, read, path.write_bytes, (FIRST / "model.pt").read_bytes(), CheckpointError, "model.pt")
+    original = (FIRST / "model.pt").read_bytes()
+    figure("model.pt: " + fuzz(number, seed, read, path.write_bytes, original, CheckpointError))
 
 
-@pytest.mark.parametrize("number", MANY)
-def test_a_checkpoint_whose_pickle_is_broken_is_refused_behind_the_digest_too(tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("number, seed", MANY)
+def test_a_broken_pickle_is_refused_behind_the_digest_too(tmp_path, monkeypatch, number, seed, figure):
     path, real = tmp_path / "model.pt", model_file.digest
     with zipfile.ZipFile(FIRST / "model.pt") as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
@@ -163,7 +165,8 @@ def test_a_checkpoint_whose_pickle_is_broken_is_refused_behind_the_digest_too(tm
                 archive.writestr(name, pickle if name.endswith("/data.pkl") else data)
 
     (pickle,) = (data for name, data in entries.items() if name.endswith("/data.pkl"))
-    fuzz(number, lambda: load_checkpoint(tmp_path), write, pickle, CheckpointError, "its pickle")
+    counted = fuzz(number, seed, lambda: load_checkpoint(tmp_path), write, pickle, CheckpointError)
+    figure(f"the pickle of model.pt, any digest being right: {counted}")
 
 
 JUNK = (None, True, -1, 0, 1, 2, 3, 257, 2**24, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"),
@@ -211,9 +214,10 @@ def change_tensors(tensors: dict, chance: random.Random) -> dict:
     return tensors
 
 
-@pytest.mark.parametrize("number", MANY)
-def test_a_checkpoint_that_lies_with_a_right_digest_is_refused_or_usable(tmp_path, number, capsys):
-    chance, refusals = random.Random(0), 0
+@pytest.mark.parametrize("number, seed", MANY)
+def test_a_checkpoint_that_lies_with_a_right_digest_is_refused_or_usable(tmp_path, capsys, number, seed,
+                                                                         figure):
+    chance, refusals = random.Random(seed), 0
     content = content_of(FIRST / "model.pt")
     with Peak() as peak:
         for _ in range(number):
@@ -229,9 +233,8 @@ def test_a_checkpoint_that_lies_with_a_right_digest_is_refused_or_usable(tmp_pat
             refusals += refused(lambda: use(tmp_path), CheckpointError)
             assert all(line.startswith(("sample.py: ", "note: ")) or "new tokens in" in line
                        for line in capsys.readouterr().err.splitlines())
-    with capsys.disabled():
-        print(f"\nmodel.pt behind its digest: {number:,} inputs, {refusals:,} refused, the rest used; "
-              f"memory grew by {peak.grown:.1f} MB")
+    figure(f"model.pt behind its digest: {number:,} inputs, {refusals:,} refused, the rest used; "
+           f"memory grew by {peak.grown:.1f} MB")
     assert peak.grown < 64 and number // 10 < refusals < number
 
 
@@ -242,18 +245,17 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [pytest.param(30, id="short"),
-                                    pytest.param(2000, id="long", marks=pytest.mark.reliability)])
-def test_a_state_that_lies_with_a_right_digest_is_refused_or_goes_on(tmp_path, data, number, capsys,
-                                                                     monkeypatch):
+@pytest.mark.parametrize("number, seed", MANY)
+def test_a_state_that_lies_with_a_right_digest_is_refused_or_goes_on(tmp_path, data, capsys, monkeypatch,
+                                                                     number, seed, figure):
     monkeypatch.setattr(train, "matmul_ceiling", lambda device, dtype: 1e9)  # measuring it takes a second
     out_dir = tmp_path / "out"
     out_dir.mkdir()
-    content, chance = content_of(FIRST / "state.pt"), random.Random(0)
+    content, chance = content_of(FIRST / "state.pt"), random.Random(seed)
     cfg = json.loads(content["info"])["config"]
     cfg |= {"data_dir": str(data), "out_dir": str(out_dir), "resume": True, "max_steps": None}
     codes = []
-    for _ in range(number):
+    for _ in range(number // 8):  # a run each, which takes longer than to read a file
         tensors, info = dict(content["tensors"]), content["info"]
         if chance.random() < 0.6:
             info = json.dumps(change(json.loads(info), chance))
@@ -267,9 +269,8 @@ def test_a_state_that_lies_with_a_right_digest_is_refused_or_goes_on(tmp_path, d
         codes.append(main([f"--{key}={value}" for key, value in cfg.items() if value is not None]))
         errors = capsys.readouterr().err
         assert codes[-1] in (0, 1, 2) and errors.isprintable() or errors.count("\n") == 1, errors
-    with capsys.disabled():
-        print(f"\nstate.pt behind its digest: {len(codes):,} inputs, {len(codes) - codes.count(0):,} refused")
-    assert codes.count(2) > number // 10 and codes.count(0)
+    figure(f"state.pt behind its digest: {len(codes):,} inputs, {len(codes) - codes.count(0):,} refused")
+    assert codes.count(2) > len(codes) // 10 and codes.count(0)
 
 
 def archive(pickle: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -384,31 +385,33 @@ def read_data(folder: Path) -> None:
         tokens.spread(rows=4, length=16)
 
 
-@pytest.mark.parametrize("number", MANY)
+@pytest.mark.parametrize("number, seed", MANY)
 @pytest.mark.parametrize("name", ["meta.json", "train.bin"])
-def test_a_dataset_of_any_bytes_is_refused_or_read(tmp_path, data, name, number):
+def test_a_dataset_of_any_bytes_is_refused_or_read(tmp_path, data, name, number, seed, figure):
     for path in data.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     content = (data / name).read_bytes()
-    if name.endswith(".bin"):  # of the right length, behind the check of the length
-        right = len(content)
-        fuzz(number, lambda: read_data(tmp_path), lambda mutated: (tmp_path / name).write_bytes(
-            mutated if len(mutated) % 3 else mutated[:right].ljust(right, b"\0")), content, DataError, name)
+    if name.endswith(".bin"):  # a third of the right length, behind the check of the length
+        size = len(content)
+
+        def write(mutated: bytes):
+            (tmp_path / name).write_bytes(mutated if len(mutated) % 3 else mutated[:size].ljust(size, b"\0"))
     else:
-        fuzz(number, lambda: read_data(tmp_path), (tmp_path / name).write_bytes, content, DataError, name)
+        write = (tmp_path / name).write_bytes
+    figure(f"{name}: " + fuzz(number, seed, lambda: read_data(tmp_path), write, content, DataError))
 
 
-@pytest.mark.parametrize("number", MANY)
-def test_a_meta_json_that_lies_is_refused_or_read(tmp_path, data, number):
+@pytest.mark.parametrize("number, seed", MANY)
+def test_a_meta_json_that_lies_is_refused_or_read(tmp_path, data, number, seed, figure):
     for path in data.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    meta, chance, refusals = json.loads((data / "meta.json").read_text()), random.Random(0), 0
+    meta, chance, refusals = json.loads((data / "meta.json").read_text()), random.Random(seed), 0
     with Peak() as peak:
         for _ in range(number):
             (tmp_path / "meta.json").write_text(json.dumps(change(meta, chance)))
             refusals += refused(lambda: read_data(tmp_path), DataError)
-    print(f"\nmeta.json, changed as JSON: {number:,} inputs, {refusals:,} refused; "
-          f"memory grew by {peak.grown:.1f} MB")
+    figure(f"meta.json, changed as JSON: {number:,} inputs, {refusals:,} refused; "
+           f"memory grew by {peak.grown:.1f} MB")
     assert peak.grown < 64 and number // 10 < refusals < number
 
 
@@ -420,25 +423,25 @@ def test_a_gigantic_meta_json_is_refused_without_being_read_whole(tmp_path, cont
     assert peak.grown < 16
 
 
-@pytest.mark.parametrize("number", MANY)
-def test_steps_of_any_bytes_make_a_page_or_one_line(tmp_path, number, capsys):
+@pytest.mark.parametrize("number, seed", MANY)
+def test_steps_of_any_bytes_make_a_page_or_one_line(tmp_path, number, seed, capsys, figure):
     steps = b"".join(json.dumps({"step": i, "tokens": [[i, 2, 3]], "texts": [["a", None, "c"]],
                                  "probability": [[0.5, 0, 1]]}).encode() + b"\n" for i in range(3))
-    chance, codes = random.Random(0), []
+    chance, codes = random.Random(seed), []
     for _ in range(number):
         (tmp_path / "steps.jsonl").write_bytes(mutate(steps, chance))
         codes.append(denoise_page([str(tmp_path / "steps.jsonl"), str(tmp_path / "page.html")]))
         assert codes[-1] in (0, 2) and capsys.readouterr().err.count("\n") == (codes[-1] == 2)
-    with capsys.disabled():
-        print(f"\nsteps.jsonl: {number:,} inputs, {codes.count(2):,} refused")
+    figure(f"steps.jsonl: {number:,} inputs, {codes.count(2):,} refused")
     assert 0 < codes.count(2)
 
 
-@pytest.mark.parametrize("number", MANY)
-def test_a_configuration_of_any_bytes_is_refused_or_read(tmp_path, number):
+@pytest.mark.parametrize("number, seed", MANY)
+def test_a_configuration_of_any_bytes_is_refused_or_read(tmp_path, number, seed, figure):
     path = tmp_path / "config.toml"
-    fuzz(number, lambda: load(TrainConfig, path), path.write_bytes,
-         (ROOT / "configs/quickstart.toml").read_bytes(), ConfigError, "config.toml")
+    original = (ROOT / "configs/quickstart.toml").read_bytes()
+    figure("a .toml: " + fuzz(number, seed, lambda: load(TrainConfig, path), path.write_bytes, original,
+                              ConfigError))
 
 
 # ---- texts ----------------------------------------------------------------------------------------
