@@ -150,7 +150,7 @@ def sampling_options(args: argparse.Namespace, info: dict, tokenizer: tiktoken.E
         try:
             curve = diffusion.smooth(diffusion.Curve(**info["evaluation"]["curve"]))
         except (LookupError, TypeError):
-            raise ValueError("--schedule optimal needs an evaluated checkpoint; this one is not") from None
+            raise ValueError("schedule optimal needs a checkpoint that was evaluated; this was not") from None
         options["schedule"] = diffusion.optimal_schedule(curve, options["steps"])
     return options
 

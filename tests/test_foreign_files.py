@@ -28,8 +28,10 @@ import prepare_data
 import sample
 import train
 from configs import ConfigError, load
+from diffusion import Bound
 from experiments.denoise_page import main as denoise_page
 from experiments.denoise_page import page
+from experiments.structured import parse as parse_template
 from model import CheckpointError, load_checkpoint, read_checkpoint_file
 from prepare_data import DataError, TokenFile, get_tokenizer, write_dataset
 from train import TrainConfig, main
@@ -39,7 +41,7 @@ FIRST = ROOT / "tests/fixtures/first"  # a tiny checkpoint
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 10
 STATUS = Path("/proc/self/status")
 MANY = [pytest.param(200, 0, id="short"),  # how many inputs, and the seed of their mutations
-        *(pytest.param(5000, seed, id=f"long {seed}", marks=pytest.mark.reliability) for seed in (1, 2))]
+        *(pytest.param(2500, i, id=f"long {i}", marks=pytest.mark.reliability) for i in (1, 2, 3, 4))]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
@@ -248,14 +250,15 @@ def data(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("number, seed", MANY)
 def test_a_state_that_lies_with_a_right_digest_is_refused_or_goes_on(tmp_path, data, capsys, monkeypatch,
                                                                      number, seed, figure):
-    monkeypatch.setattr(train, "matmul_ceiling", lambda device, dtype: 1e9)  # measuring it takes a second
+    monkeypatch.setattr(train, "matmul_ceiling", lambda device, dtype: 1e9)  # to measure takes too long here
+    monkeypatch.setattr(train, "evaluate", lambda *rest, **named: Bound(1.0, 0.1, None))
     out_dir = tmp_path / "out"
     out_dir.mkdir()
     content, chance = content_of(FIRST / "state.pt"), random.Random(seed)
     cfg = json.loads(content["info"])["config"]
     cfg |= {"data_dir": str(data), "out_dir": str(out_dir), "resume": True, "max_steps": None}
     codes = []
-    for _ in range(number // 8):  # a run each, which takes longer than to read a file
+    for _ in range(number):
         tensors, info = dict(content["tensors"]), content["info"]
         if chance.random() < 0.6:
             info = json.dumps(change(json.loads(info), chance))
@@ -503,6 +506,16 @@ def test_any_prefix_and_template_comes_back_or_is_refused_by_name(prefix, before
             continue
         given_tokens = [token for token in x if token != mask_id]
         assert BYTE.decode_bytes(given_tokens).decode() == wanted
+
+
+def test_a_template_of_the_structured_experiment_too():
+    for text in ("שלום\0 😀 <|endoftext|>", "\ud800"):
+        try:
+            x, _ = parse_template(text + "[digits:1]", BYTE, 257)
+        except ValueError:
+            assert text == "\ud800"
+        else:
+            assert BYTE.decode_bytes(x[x != 257].tolist()).decode() == text
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

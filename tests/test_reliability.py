@@ -155,7 +155,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(data, tmp_
             give_up = time.monotonic() + 2
             while not part.exists() and time.monotonic() < give_up:
                 pass
-            time.sleep(chance.uniform(0, 0.003))
+            time.sleep(chance.uniform(0, 0.001))
         else:
             time.sleep(chance.uniform(0, seconds))
         while_saving += part.exists()
