@@ -372,8 +372,8 @@ def train(cfg: TrainConfig) -> int:
             total += share.detach()
         if world > 1:
             dist.all_reduce(total)
-        check_finite(f"loss of step {step}", value := total.item(), out_dir)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        check_finite(f"loss of step {step}", value := total.item(), out_dir)
         check_finite(f"gradient's norm of step {step}", norm.item(), out_dir)
         for optimizer in optimizers:
             optimizer.step()
