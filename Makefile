@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
+# Linux: large pages for large tensors, with which a CPU trains up to 10% faster
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: quickstart test test-slow test-reliability test-oldest lint clean
 

@@ -76,18 +76,23 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k' / sqrt(D)) v, all (B,H,T,D), by PyTorch's fused kernel.
+    """softmax(q k' / sqrt(D)) v, all (B,H,T,D), for |q| = |k| = sqrt(D), by PyTorch's fused kernel.
 
-    But that kernel trains short rows of bfloat16 slowly on a CPU: there, written out and compiled, the same
-    makes a whole training step a quarter faster (bench/NOTES.md).
+    That kernel is slow in bfloat16 on a CPU. Written out and compiled, attention takes two thirds of its time
+    or less (bench/NOTES.md), but B H T^2 numbers of memory: too many for long rows.
     """
-    T, D = q.shape[-2:]
-    if T > 256 or q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    scores = (q @ k.mT).float() * D**-0.5
+    slow_kernel = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if slow_kernel and torch.compiler.is_compiling() and q.size(2) <= 1024:
+        return attend_written_out(q, k, v, causal)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def attend_written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """The same. Scores are at most |q| |k| / sqrt(D) = sqrt(D), so exp needs no maximum taken off them."""
+    weights = ((q * q.size(-1) ** -0.5) @ k.mT).exp()  # (B,H,T,T)
     if causal:
-        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+        weights = weights.tril()
+    return ((weights @ v) / weights.sum(-1, keepdim=True, dtype=torch.float32)).to(v.dtype)
 
 
 class Attention(nn.Module):
@@ -157,6 +162,11 @@ class Transformer(nn.Module):
             x = x.flatten(0, 1)[positions]  # (P,C)
         # The rows of the mask token and of the padding are cut off: what is not there cannot be sampled.
         return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster there. A CPU without instructions for it emulates them, far too slowly."""
+    return {"cuda": True, "mps": False, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported()}[device.type]
 
 
 def count_parameters(model: nn.Module) -> int:

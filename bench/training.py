@@ -8,11 +8,17 @@ Four ways to train the same network, one step of each in turn, in one process:
     gpt      the causal twin with its full head: a nanoGPT step
 
 Figures are medians over the repeats, after the first steps (which compile). MFU is the share of a ceiling:
-the FLOP/s that plain matrix products reach in the same run. Ends with one JSON line.
+the FLOP/s that plain matrix products reach in the same run. Peak memory is each way's own on a GPU; on a CPU
+it is the process's, so ask for one way at a time (`--ways masked`). Ends with one JSON line.
+
+On a CPU under Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in front of the command makes all of them faster.
 """
 
 import argparse
+import dataclasses
 import json
+import os
+import resource
 import statistics
 import sys
 import time
@@ -22,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs import ConfigError, Parser
 from diffusion import Batch, corrupt, keyed_generator, loss
 from model import ModelConfig, Transformer, count_parameters, flops_per_token, optimizer_groups
-from train import Muon, can_compile, choose_device, choose_dtype, matmul_ceiling
+from train import Muon, can_compile, choose_device, choose_dtype, keep_freed_memory, matmul_ceiling
 
 SHAPES = {  # ModelConfig, rows per step on a CPU, rows per step on a GPU
     "quickstart": (ModelConfig(257, 256, n_layer=4, n_head=3, n_embd=192), 8, 256),
@@ -51,10 +58,10 @@ def everywhere(batch: Batch, x_0: Tensor) -> Batch:
 class Way:
     """One way to train: a network, its optimizers, and a step that is timed in two parts."""
 
-    def __init__(self, name: str, args: argparse.Namespace, config: ModelConfig, rows: int):
+    def __init__(self, name: str, args: argparse.Namespace):
         torch.manual_seed(0)
-        self.name, self.rows, self.device, self.dtype = name, rows, args.device, args.dtype
-        self.config = ModelConfig(**{**vars(config), "causal": name == "gpt"})
+        self.name, self.rows, self.device, self.dtype = name, args.rows, args.device, args.dtype
+        self.config = dataclasses.replace(args.config, causal=name == "gpt")
         self.model = Transformer(self.config).to(self.device)
         matrices, tables = optimizer_groups(self.model)
         if args.optimizer == "muon":
@@ -121,14 +128,15 @@ def compilations() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench.training", description=__doc__.split("\n")[0])
+def parse() -> argparse.Namespace:
+    parser = Parser(prog="bench.training", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shape", choices=list(SHAPES), default="shakespeare")
     add("--rows", type=int, help="per step (default: fits the device)")
-    add("--context-length", type=int)
-    add("--n-embd", type=int)
-    add("--vocab-size", type=int)
+    add("--context-length", type=int, help="instead of the shape's")
+    add("--n-embd", type=int, help="instead of the shape's, in heads of 64 channels")
+    add("--vocab-size", type=int, help="instead of the shape's")
     add("--ways", nargs="+", choices=WAYS, default=WAYS)
     add("--optimizer", choices=("adamw", "muon"), default="adamw")
     add("--repeats", type=int, default=5)
@@ -137,19 +145,27 @@ def main() -> int:
     add("--precision", default="auto", choices=("auto", "bfloat16", "float32"))
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
-    args.device = choose_device(args.device)
+    try:
+        args.device = choose_device(args.device)
+    except ConfigError as error:
+        parser.error(str(error))
     args.dtype = choose_dtype(args.precision, args.device)
     args.compile = args.compile and can_compile()
     config, rows_cpu, rows_gpu = SHAPES[args.shape]
-    changes = {name: getattr(args, name) for name in ("context_length", "n_embd", "vocab_size")}
-    config = ModelConfig(**vars(config) | {name: value for name, value in changes.items() if value})
-    rows = args.rows or (rows_gpu if args.device.type == "cuda" else rows_cpu)
+    args.rows = args.rows or (rows_gpu if args.device.type == "cuda" else rows_cpu)
+    changes = {"context_length": args.context_length, "vocab_size": args.vocab_size, "n_embd": args.n_embd,
+               "n_head": args.n_embd and max(1, args.n_embd // 64)}
+    args.config = ModelConfig(**vars(config) | {name: value for name, value in changes.items() if value})
+    return args
 
-    ways, compiled, memory = [Way(name, args, config, rows) for name in args.ways], {}, {}
-    print(f"{args.shape}: {count_parameters(ways[0].model) / 1e6:.1f}M parameters, {rows} rows of "
-          f"{config.context_length} tokens, {args.dtype}, {'compiled' if args.compile else 'eager'}, "
+
+def main() -> int:
+    args = parse()
+    keep_freed_memory()
+    ways, compiled, memory, ceilings = [Way(name, args) for name in args.ways], {}, {}, []
+    print(f"{args.shape}: {count_parameters(ways[0].model) / 1e6:.1f}M parameters, {args.rows} rows of "
+          f"{args.config.context_length} tokens, {args.dtype}, {'compiled' if args.compile else 'eager'}, "
           f"{args.optimizer}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
-    ceilings = []
     for number in range(args.warm_up + args.repeats):
         ceilings.append(matmul_ceiling(args.device, args.dtype))
         for way in ways:
@@ -161,24 +177,28 @@ def main() -> int:
             compiled[way.name] = compiled.get(way.name, 0) + compilations() - before
             if args.device.type == "cuda":
                 memory[way.name] = (torch.cuda.max_memory_allocated() - others) / 1e9
+            elif len(ways) == 1:
+                memory[way.name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
             print(f"  step {number} {way.name}: {way.seconds[-1]:.2f} s", file=sys.stderr, flush=True)
 
     ceiling, figures = max(ceilings), {}
     print(f"matrix products reach {ceiling / 1e9:,.0f} GFLOP/s\n")
-    print("way      tokens/s   spread  GFLOP/token    MFU  optimizer  compilations  first step  masked is")
+    print("way      tokens/s   spread  GFLOP/token    MFU  optimizer  compilations  first step  peak memory  "
+          f"{ways[0].name} is")
     for way in ways:
-        row = way.figures(args.warm_up, ceiling) | {"compilations": compiled[way.name]}
-        row["peak_gb"] = memory.get(way.name)
+        row = way.figures(args.warm_up, ceiling)
+        row |= {"compilations": compiled[way.name], "peak_gb": memory.get(way.name)}
         figures[way.name] = row
-        relative = figures[args.ways[0]]["tokens_per_second"] / row["tokens_per_second"]
+        relative = figures[ways[0].name]["tokens_per_second"] / row["tokens_per_second"]
+        peak = f"{row['peak_gb']:.2f} GB" if row["peak_gb"] else "-"
         print(f"{way.name:8} {row['tokens_per_second']:8,} {row['spread']:8.1%} "
-              f"{row['gflop_per_token']:12.3f} {row['mfu']:6.1%} "
-              f"{row['optimizer_share']:10.1%} {row['compilations']:13} "
-              f"{row['first_step_seconds']:9.1f} s {relative:8.2f}x"
-              + (f"  {row['peak_gb']:.2f} GB" if row["peak_gb"] else ""))
-    print(json.dumps({"shape": args.shape, "rows": rows, "config": vars(config), "dtype": str(args.dtype),
-                      "compiled": args.compile, "optimizer": args.optimizer, "torch": torch.__version__,
-                      "device": str(args.device), "ceiling_gflops": ceiling / 1e9, "ways": figures}))
+              f"{row['gflop_per_token']:12.3f} {row['mfu']:6.1%} {row['optimizer_share']:10.1%} "
+              f"{row['compilations']:13} {row['first_step_seconds']:9.1f} s {peak:>12} {relative:7.2f}x")
+    print(json.dumps({"shape": args.shape, "rows": args.rows, "config": vars(args.config),
+                      "dtype": str(args.dtype), "compiled": args.compile, "optimizer": args.optimizer,
+                      "torch": torch.__version__, "device": str(args.device),
+                      "malloc": os.environ.get("GLIBC_TUNABLES"), "ceiling_gflops": ceiling / 1e9,
+                      "ways": figures}))
     return 0
 
 
