@@ -1,13 +1,15 @@
 # make quickstart   install, fetch a corpus, train, write: 3 to 5 minutes on 2 CPU cores
 # make test         prove everything that is quick to prove
 # make test-slow    prove the rest
+# make test-reliability   kill, starve and deceive it for long: docs/reliability.md
+# make test-oldest  the quick proofs with the oldest PyTorch; downloads gigabytes
 
 PYTHON ?= python3
 BIN = .venv/bin
 # Linux: large pages for large tensors, with which a CPU trains up to 10% faster
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow test-reliability test-oldest lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
@@ -18,16 +20,25 @@ quickstart: .venv/installed
 	$(BIN)/python -m bench.words data/sotu out/quickstart/samples.txt
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not reliability"
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+test-reliability: .venv/installed-dev
+	$(BIN)/python -m pytest -v --durations=0 tests/test_reliability.py tests/test_foreign_files.py
+
+TORCH ?= 2.9.1
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet torch==$(TORCH) -r requirements-dev.txt
+	.venv-oldest/bin/python -m pytest -m "not slow and not reliability"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -370,7 +370,7 @@ def smooth(curve: Curve) -> Curve:
 
     What is optimised would otherwise chase the noise of the measurement, which costs more than it gains.
     """
-    weights = 1 / np.maximum(np.nan_to_num(curve.stderr, nan=1.0), 1e-3)
+    weights = 1 / np.maximum(np.nan_to_num(np.array(curve.stderr, dtype=float), nan=1.0), 1e-3)
     counts = np.arange(1, curve.N + 1)
     cubic = np.polynomial.Polynomial.fit(curve.counts, curve.nats, min(3, len(curve.counts) - 1), w=weights)
     return Curve(curve.N, counts.tolist(), cubic(counts).tolist(), [math.nan] * curve.N)

@@ -14,7 +14,9 @@ Letters used everywhere: B rows, T tokens, C channels, H heads, D = C/H, V vocab
 
 import hashlib
 import json
-from dataclasses import dataclass
+import pickletools
+import zipfile
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -34,11 +36,14 @@ class ModelConfig:
     causal: bool = False  # True: attention looks left only, as GPT does
 
     def __post_init__(self):
-        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type or field.type is int and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, not {value!r}")
         if self.n_embd % (2 * self.n_head):  # rotary positions turn pairs of channels
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}")
+        if self.context_length * self.n_embd > self.n_head * 2**24:  # 64 MB of rotary_table
+            raise ValueError(f"context_length {self.context_length} is too long for heads this wide")
 
     @property
     def mask_id(self) -> int:
@@ -202,17 +207,32 @@ def digest(tensors: dict[str, Tensor], info: str) -> str:
     return sha.hexdigest()
 
 
+def refuse_bombs(path: Path) -> None:
+    """torch.load runs no code of a file, but lets a kilobyte fill the memory: ValueError for what could."""
+    tensors = {"torch FloatStorage", "torch DoubleStorage", "torch._utils _rebuild_tensor_v2",
+               "collections OrderedDict"}  # all that our own files call
+    with zipfile.ZipFile(path) as archive:
+        (pickle,) = (entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
+        if any(entry.compress_type for entry in archive.infolist()) or pickle.file_size > 2**20:
+            raise ValueError("it is compressed, or has a megabyte besides the tensors")
+        opcodes = pickletools.genops(archive.read(pickle))
+        if strange := {name for opcode, name, _ in opcodes if opcode.name == "GLOBAL"} - tensors:
+            raise ValueError(f"it calls {max(strange)}")
+
+
 def read_checkpoint_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, info) of a file train.py wrote, {"tensors", "info" (JSON text), "digest"}, verified."""
     try:
+        refuse_bombs(path)
         content = torch.load(path, map_location="cpu", weights_only=True)  # never runs code of the file
         tensors, info = content["tensors"], json.loads(content["info"])
+        if info["format"] != 1 or sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:
+            raise ValueError(f"format {info['format']}, not 1, or larger than the file")
         intact = digest(tensors, content["info"]) == content["digest"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: train a model first, or name another folder") from None
     except Exception as error:  # a damaged file can fail in any way at all
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from None
+        raise CheckpointError(f"{path} is not a readable checkpoint: {error!r:.200}") from None
     if not intact:
         raise CheckpointError(f"{path} is damaged: its tensors do not match their digest")
     return tensors, info
@@ -228,8 +248,13 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> t
     path = Path(folder) / "model.pt"
     tensors, info = read_checkpoint_file(path)
     try:
-        model = Transformer(ModelConfig(**info["model"]))
-        model.load_state_dict(tensors)
+        config, objective = ModelConfig(**info["model"]), info["config"]["objective"]
+        if config.n_layer > len(tensors) or {type(objective), type(info["tokenizer"])} != {str}:
+            raise ValueError("layers, tokenizer or objective are missing")
+        with torch.device("meta"):  # no memory for what a hostile file claims, no time for random weights
+            model = Transformer(config)
+        model.load_state_dict(tensors, assign=True)
+        model.rotary = rotary_table(config.context_length, config.n_embd // config.n_head)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit this model.py: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval(), info
+        raise CheckpointError(f"{path} does not fit this model.py: {error!r:.200}") from None
+    return model.to(device, torch.float32).eval(), info

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -67,7 +66,7 @@ class Progress:
         self.done += num_bytes
         now = time.monotonic()
         if sys.stderr.isatty() and (now - self.shown > 0.2 or self.done == self.total):
-            self.shown, speed = now, self.done / (now - self.start)
+            self.shown, speed = now, max(1, self.done) / (now - self.start)
             left = f", {max(0, self.total - self.done) / speed:.0f} s left" if self.total else ""
             print(f"\r{self.label}: {self.done / 1e6:.0f} MB at {speed / 1e6:.1f} MB/s{left}\033[K", end="\r",
                   file=sys.stderr)
@@ -78,7 +77,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def download(url: str, sha256: str, path: Path) -> Path:
+def download(url: str, sha256: str, path: Path, timeout: float = 60) -> Path:
     """Fetch `url` to `path`, resuming what was interrupted. Only the right hash earns the file its name."""
     if path.exists() and sha256_of(path) == sha256:
         return path
@@ -87,20 +86,20 @@ def download(url: str, sha256: str, path: Path) -> Path:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
             resumed = response.status == 206  # otherwise the server sends the file from its beginning
-            total = int(response.headers.get("Content-Length") or 0) + (have if resumed else 0)
+            total = (response.length or 0) + (have if resumed else 0)
             progress = Progress(f"downloading {path.name}", total)
             with open(part, "ab" if resumed else "wb") as file:
-                while block := response.read(1 << 18):
+                while block := response.read1(1 << 18):  # what has come, lest it be lost
                     file.write(block)
                     progress.advance(len(block))
         if part.stat().st_size < total:
             raise DataError(f"{url}: the connection ended early; run again to resume")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the part is already the whole file
-            raise DataError(f"{url}: {error}") from None
-    except (OSError, http.client.HTTPException) as error:  # no route, reset, timeout, broken off
+            raise DataError(f"{url}: the server answers with HTTP status {error.code}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:  # no route, timeout, a broken redirect
         raise DataError(f"{url}: {getattr(error, 'reason', error)}; run again to resume") from None
     found = sha256_of(part)
     if found != sha256:
@@ -198,12 +197,8 @@ def wikipedia(name: str, downloads: Path) -> Documents:
     """text8 or enwik8, 100 MB: the usual 90/5/5 split; the last 5 MB are left for a final test."""
     sha256 = {"text8": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
               "enwik8": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"}[name]
-    path = downloads / name
-    if not path.exists():
-        archive = download(f"http://mattmahoney.net/dc/{name}.zip", sha256, downloads / f"{name}.zip")
-        with zipfile.ZipFile(archive).open(name) as text, open(f"{path}.part", "wb") as part:
-            shutil.copyfileobj(text, part)
-        os.replace(f"{path}.part", path)
+    archive = download(f"http://mattmahoney.net/dc/{name}.zip", sha256, downloads / f"{name}.zip")
+    path = Path(zipfile.ZipFile(archive).extract(name, downloads))  # anew: only the archive has a hash
     yield from split_by_position(path, 90_000_000, 95_000_000)
 
 
@@ -233,6 +228,8 @@ def hugging_face(name: str) -> Documents:
         for i, row in enumerate(rows):
             if "text" not in row:
                 raise DataError(f"{name} has no column text; it has {', '.join(row)}")
+            if type(row["text"]) is not str or re.search("[\ud800-\udfff]", row["text"]):
+                raise DataError(f"{name}: document {i} is not Unicode text: {row['text']!r:.60}")
             yield "val" if i % 1000 == 999 else "train", [row["text"]]
     except (OSError, ValueError) as error:
         raise DataError(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
@@ -332,43 +329,45 @@ class TokenFile:
     def __init__(self, folder: str | Path, split: str):
         self.path = Path(folder) / f"{split}.bin"
         try:
-            meta = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
-            self.tokenizer, self.vocab_size = str(meta["tokenizer"]), int(meta["vocab_size"])
-            self.num_tokens, self.num_bytes = int(meta[split]["tokens"]), int(meta[split]["bytes"])
+            with open(Path(folder) / "meta.json", encoding="utf-8") as file:
+                meta = json.loads(file.read(2**16))  # write_dataset needs a kilobyte or two
+            self.tokenizer, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
+            self.num_tokens, self.num_bytes = meta[split]["tokens"], meta[split]["bytes"]
+            types = list(map(type, (self.tokenizer, self.vocab_size, self.num_tokens, self.num_bytes)))
+            if (meta["format"], types) != (1, [str, int, int, int]) or not 1 <= self.vocab_size <= 2**20:
+                raise ValueError("it is not of format 1")
             dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
-            size = self.path.stat().st_size
+            self.file = open(self.path, "rb")
+            size = os.fstat(self.file.fileno()).st_size
         except FileNotFoundError as error:
             raise DataError(f"no {error.filename}: run prepare_data.py with --out-dir {folder}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}/meta.json is damaged ({error!r}): run prepare_data.py again") from None
-        expected = self.num_tokens * np.dtype(dtype).itemsize
-        if size != expected or not size:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{folder}/meta.json is damaged ({error!r:.99}): prepare it again") from None
+        if size != (expected := self.num_tokens * np.dtype(dtype).itemsize) or min(size, self.num_bytes) < 1:
             raise DataError(f"{self.path} has {size} bytes, not {expected}: run prepare_data.py again")
-        self.tokens = np.memmap(self.path, dtype, mode="r")
+        self.tokens = np.memmap(self.file, dtype, mode="r")
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(rows, length) int64: the windows that begin at `starts`."""
+        if self.num_tokens < length:
+            raise DataError(f"{self.path} has {self.num_tokens} tokens, fewer than one context of {length}: "
+                            "use more text or a smaller context_length")
+        if os.fstat(self.file.fileno()).st_size < self.tokens.nbytes:  # reading on would be a bus error
+            raise DataError(f"{self.path} was cut short while in use: run prepare_data.py again")
         rows = np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
         if rows.max() >= self.vocab_size:
             raise DataError(f"{self.path} holds token {rows.max()}, outside the vocabulary of "
                             f"{self.vocab_size}: run prepare_data.py again")
         return rows
 
-    def check_length(self, length: int) -> None:
-        if self.num_tokens < length:
-            raise DataError(f"{self.path} has {self.num_tokens} tokens, fewer than one context of {length}: "
-                            "use more text or a smaller context_length")
-
     def batch(self, seed: int, step: int, rows: int, length: int) -> np.ndarray:
         """(rows, length): the global batch of a step, random windows that depend on (seed, step) alone."""
-        self.check_length(length)
-        starts = np.random.default_rng([seed, step]).integers(0, self.num_tokens - length + 1, rows)
+        starts = np.random.default_rng([seed, step]).integers(0, max(1, self.num_tokens - length + 1), rows)
         return self.read(starts, length)
 
     def spread(self, rows: int, length: int) -> np.ndarray:
         """(rows or fewer, length): always the same windows, evenly spread, apart, to evaluate on."""
-        self.check_length(length)
-        rows = min(rows, self.num_tokens // length)
+        rows = min(rows, max(1, self.num_tokens // length))
         return self.read(np.linspace(0, self.num_tokens - length, rows).astype(np.int64), length)
 
 
@@ -399,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
             size = sum(path.stat().st_size for path in paths if path.exists())
         out_dir = args.out_dir or Path("data") / re.sub(r"\W+", "-", name)
         documents = itertools.islice(documents, args.max_documents)
-        meta = write_dataset(documents, args.tokenizer, out_dir, " ".join(args.corpus), size)
+        meta = write_dataset(documents, args.tokenizer, out_dir, " ".join(args.corpus)[:1000], size)
     except (DataError, OSError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, DataError) else 1

@@ -106,7 +106,7 @@ def show(step: int, hidden: int, texts: list, before: list, now: list, probabili
 def score(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
     """Print what a text costs the model: the bound (GPT: the exact figure), and the loss by mask level."""
     try:
-        ids = tokenizer.encode_ordinary(args.score.read_text(encoding="utf-8"))
+        ids = tokenizer.encode_ordinary(args.score.read_bytes().decode())  # line ends as they are
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--score {args.score}: {getattr(error, 'strerror', None) or error}") from None
     if not ids:
@@ -147,10 +147,10 @@ def sampling_options(args: argparse.Namespace, info: dict, tokenizer: tiktoken.E
                     order=args.order, remask=args.remask, threshold=args.threshold,
                     block_length=args.block_length, gumbel=args.gumbel)
     if args.schedule == "optimal":
-        curve = (info["evaluation"] or {}).get("curve")
-        if not curve:
-            raise ValueError("--schedule optimal needs a checkpoint that was evaluated; this one was not")
-        curve = diffusion.smooth(diffusion.Curve(**curve))
+        try:
+            curve = diffusion.smooth(diffusion.Curve(**info["evaluation"]["curve"]))
+        except (LookupError, TypeError):
+            raise ValueError("schedule optimal needs a checkpoint that was evaluated; this was not") from None
         options["schedule"] = diffusion.optimal_schedule(curve, options["steps"])
     return options
 
@@ -228,6 +228,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--gumbel changes nothing for order {args.order}: use confidence, margin or entropy")
     if args.jsonl and not args.jsonl.parent.is_dir():
         parser.error(f"--jsonl {args.jsonl}: there is no folder {args.jsonl.parent}")
+    for name in ("prefix", "text", "ban"):
+        if re.search("[\ud800-\udfff]", getattr(args, name) or ""):  # the tokenizer would replace them
+            parser.error(f"--{name} is not Unicode text")
     if args.num_samples < 1:
         parser.error(f"--num-samples must be at least 1, not {args.num_samples}")
     args.temperature = 0.0 if args.sampling == "greedy" else args.temperature
@@ -242,13 +245,13 @@ def main(arguments: list[str] | None = None) -> int:
         if not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[args.device].is_available():
             raise ValueError(f"device {args.device} is not available here; use --device cpu")
         model, info = load_checkpoint(args.checkpoint, args.device)
-        (score if args.score else write)(args, model, info, get_tokenizer(info["tokenizer"]))
-    except (CheckpointError, DataError, ValueError) as error:
+        tokenizer = get_tokenizer(info["tokenizer"])
+        if tokenizer.n_vocab != model.config.vocab_size:
+            raise CheckpointError(f"{args.checkpoint} has not the vocabulary of {info['tokenizer']}")
+        (score if args.score else write)(args, model, info, tokenizer)
+    except (CheckpointError, DataError, ValueError, MemoryError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, OSError) else 2
     except KeyboardInterrupt:
         return 130
     return 0

@@ -29,27 +29,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model import (CheckpointError, ModelConfig, Transformer, count_parameters, digest,  # isort: skip
+                   flops_per_token, has_bfloat16, load_checkpoint, optimizer_groups, read_checkpoint_file)
 from configs import ConfigError, load
 from diffusion import MASK_RATIOS, OBJECTIVES, WEIGHTINGS, Bound, corrupt, evaluate, keyed_generator, loss
-from model import (
-    CheckpointError,
-    ModelConfig,
-    Transformer,
-    count_parameters,
-    digest,
-    flops_per_token,
-    has_bfloat16,
-    load_checkpoint,
-    optimizer_groups,
-    read_checkpoint_file,
-)
 from prepare_data import DataError, TokenFile
 
 
 def knob(default, help: str, choices: tuple = (), low: float = -math.inf, high: float = 1e15):
     """A field of TrainConfig: its default, its --help, and the values it may take."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 
 @dataclass(frozen=True)
@@ -89,8 +78,7 @@ class TrainConfig:
     # the machine
     seed: int = knob(1, "of weights, data order and masks", low=0)
     device: str = knob("auto", "auto, cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))
-    precision: str = knob("auto", "bfloat16, float32, or auto: bfloat16 where the hardware has it",
-                          ("auto", "bfloat16", "float32"))
+    precision: str = knob("auto", "auto: bfloat16 if the hardware has it", ("auto", "bfloat16", "float32"))
     compile: bool = knob(True, "torch.compile the training step")
     # looking and stopping
     log_interval: int = knob(20, "steps between lines of log.jsonl", low=1)
@@ -108,13 +96,8 @@ class TrainConfig:
                 raise ValueError(f"{field.name} must be {' or '.join(allowed['choices'])}, not {value!r}")
             if type(value) in (int, float) and not allowed["low"] <= value <= allowed["high"]:
                 raise ValueError(f"{field.name} is out of range: {value}")
-        ModelConfig(1, self.context_length, self.n_layer, self.n_head, self.n_embd)  # has checks of its own
-        longest = self.prefix_length if self.prefix_length_max is None else self.prefix_length_max
-        if not self.prefix_length <= longest < self.context_length:
-            raise ValueError(f"a prefix of {self.prefix_length} to {longest} tokens does not fit "
-                             f"context_length {self.context_length}")
-        if self.mask_levels > self.context_length - longest:
-            raise ValueError(f"mask_levels {self.mask_levels} is more than the tokens that can be hidden")
+        ModelConfig(1, self.context_length, self.n_layer, self.n_head, self.n_embd)  # both check the rest
+        corrupt(torch.zeros(2, self.context_length).long(), 1, torch.Generator(), **self.masking())
 
     def masking(self) -> dict:
         """The arguments of diffusion.corrupt."""
@@ -237,17 +220,18 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 def save(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
     """A file that model.read_checkpoint_file reads. A kill leaves the old file or the new one, no mixture."""
     text, part = json.dumps(info), path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save({"tensors": tensors, "info": text, "digest": digest(tensors, text)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            torch.save({"tensors": tensors, "info": text, "digest": digest(tensors, text)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
+        raise OSError(f"step {info['step']} cannot be saved; is the disk full? ({error})"[:300]) from None
 
 
-Optimizers = list[torch.optim.Optimizer]
-
-
-def training_state(model: Transformer, ema_model: Transformer, optimizers: Optimizers) -> dict[str, Tensor]:
+def training_state(model: Transformer, ema_model: Transformer,
+                   optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """All a run needs to go on, in one flat dict: "model.*", "ema.*", "optimizer.<parameter>.<what>"."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in ema_model.state_dict().items()}
@@ -259,8 +243,8 @@ def training_state(model: Transformer, ema_model: Transformer, optimizers: Optim
 
 
 @torch.no_grad()
-def load_training_state(model: Transformer, ema_model: Transformer, optimizers: Optimizers,
-                        saved: dict[str, Tensor]) -> None:
+def load_training_state(model: Transformer, ema_model: Transformer,
+                        optimizers: list[torch.optim.Optimizer], saved: dict[str, Tensor]) -> None:
     """Put back what `training_state` took."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -268,16 +252,22 @@ def load_training_state(model: Transformer, ema_model: Transformer, optimizers: 
         optimizer.step()
         optimizer.zero_grad()
     for name, tensor in training_state(model, ema_model, optimizers).items():
-        tensor.copy_(saved[name])
+        tensor.copy_(saved[name].view(tensor.shape))  # copy_ alone would repeat a smaller one
 
 
 def check_same_run(cfg: TrainConfig, saved: dict) -> None:
     """A resumed run must be the run that was interrupted: only where and how long it runs may differ."""
-    may_differ = ("data_dir out_dir resume init_from micro_batch_size device precision compile max_steps "
-                  "max_minutes").split()
+    free = "data_dir out_dir resume init_from micro_batch_size device precision compile max_steps max_minutes"
     for name, value in dataclasses.asdict(cfg).items():
-        if name not in may_differ and saved.get(name) != value:
+        if name not in free.split() and saved.get(name) != value:
             raise ConfigError(f"cannot resume with {name} {value!r}: the run has {saved.get(name)!r}")
+
+
+def check_finite(what: str, value: float, out_dir: Path) -> None:
+    """Stop the run before a number that is none can reach a checkpoint."""
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {what} is {value}; {out_dir} keeps its checkpoint. Usual causes: a "
+                                 "learning rate too high, no grad_clip, bad --init-from")
 
 
 def show(text: str, stays: bool = False) -> None:
@@ -288,24 +278,14 @@ def show(text: str, stays: bool = False) -> None:
 
 def describe(bound: Bound, bits_per_byte: float, objective: str) -> str:
     """An evaluation in two lines: the figure, and the loss by mask level that it is the mean height of."""
-    sign = "NLL" if objective == "autoregressive" else "NELBO <="
-    text = (f"validation {sign} {bound.nats:.3f} +- {bound.stderr:.3f} nats/token, "
-            f"{bits_per_byte:.3f} bits/byte")
+    sign = "validation NLL" if objective == "autoregressive" else "validation NELBO <="
+    text = f"{sign} {bound.nats:.3f} +- {bound.stderr:.3f} nats/token, {bits_per_byte:.3f} bits/byte"
     if bound.curve:
         N, counts, nats, _ = bound.curve
         tenths = {min(range(len(counts)), key=lambda i: abs(counts[i] - N * k / 10)) for k in range(1, 11)}
         levels = (f"  {counts[i] / N:.0%} {nats[i]:.2f}" for i in sorted(tenths))
         text += "\n  loss by share hidden:" + "".join(levels)
     return text
-
-
-def any_process(wants: bool, world: int, device: torch.device) -> bool:
-    """Whether any process wants to stop: all must leave the loop at the same step."""
-    if world == 1:
-        return wants
-    flag = torch.tensor(float(wants), device=device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
 
 
 def train(cfg: TrainConfig) -> int:
@@ -323,8 +303,7 @@ def train(cfg: TrainConfig) -> int:
     # --- the data ----------------------------------------------------------------------------------
     train_file, val_file = TokenFile(cfg.data_dir, "train"), TokenFile(cfg.data_dir, "val")
     T = cfg.context_length
-    train_file.check_length(T)
-    val_file.check_length(T)
+    train_file.spread(1, T), val_file.spread(1, T)  # if too short, refused before anything is written
     rows = cfg.micro_batch_size or max(1, cfg.batch_size // world)  # of one forward pass
     parts = cfg.batch_size // rows  # micro-batches of the global batch, over all processes
     if rows * parts != cfg.batch_size or parts % world:
@@ -358,17 +337,31 @@ def train(cfg: TrainConfig) -> int:
     losses = torch.zeros(0, dtype=torch.float64)  # of the steps since the last line of the log
     if cfg.resume:
         tensors, info = read_checkpoint_file(out_dir / "state.pt")
-        check_same_run(cfg, info["config"])
-        load_training_state(model, ema_model, optimizers, tensors)
-        step, log_size, seconds_before = info["step"], info["log_size"], info["seconds"]
-        best, losses = math.inf if info["best"] is None else info["best"], tensors["losses"]
+        try:
+            check_same_run(cfg, info["config"])
+            if info["model"] != dataclasses.asdict(model_config) or info["tokenizer"] != train_file.tokenizer:
+                raise ConfigError(f"cannot resume on {cfg.data_dir}: the run has another vocabulary")
+            load_training_state(model, ema_model, optimizers, tensors)
+            step, log_size = max(0, int(info["step"])), max(0, int(info["log_size"]))
+            best = math.inf if info["best"] is None else float(info["best"])
+            losses, seconds_before = tensors["losses"].flatten(), float(info["seconds"])
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{out_dir}/state.pt does not fit this run: {error!r:.200}") from None
     elif (out_dir / "state.pt").exists():
         raise ConfigError(f"{out_dir} holds a run: continue it with --resume, or choose another --out-dir")
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        log = open(out_dir / "log.jsonl", "r+" if cfg.resume else "w", buffering=1)
-        log.seek(log.truncate(log_size))  # what was logged after the checkpoint will happen again
+        log = open(out_dir / "log.jsonl", "a+", buffering=1)
+        try:  # to keep a second run out, until this process ends in whatever way
+            import fcntl
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another run is writing {log.name}: wait for its end or stop it") from None
+        except (ImportError, OSError):  # Windows and some network file systems have no such locks
+            pass
+        log.seek(log.truncate(min(log_size, log.seek(0, os.SEEK_END))))  # what came later will happen again
+        (out_dir / "config.json.part").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        os.replace(out_dir / "config.json.part", out_dir / "config.json")
         ceiling = matmul_ceiling(device, dtype)
         show(f"{count_parameters(model) / 1e6:.1f}M parameters on {device}; {str(dtype)[6:]} matrix products "
              f"reach {ceiling / 1e9:,.0f} GFLOP/s; step {step} of {cfg.steps}"
@@ -404,11 +397,9 @@ def train(cfg: TrainConfig) -> int:
             total += share.detach()
         if world > 1:
             dist.all_reduce(total)
-        if not math.isfinite(value := total.item()):
-            raise FloatingPointError(f"the loss of step {step} is {value}; {out_dir} keeps its checkpoint."
-                                     " Usual causes: a learning rate too high, no grad_clip, bad --init-from")
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        check_finite(f"loss of step {step}", value := total.item(), out_dir)
+        check_finite(f"gradient's norm of step {step}", norm.item(), out_dir)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -440,15 +431,20 @@ def train(cfg: TrainConfig) -> int:
             with autocast:
                 bound = evaluate(ema_model, x_0.to(device), model_config.mask_id, cfg.objective,
                                  curve_points=30 if finished else 10, batch_size=rows)
+            check_finite(f"validation loss after step {step}", bound.nats, out_dir)
             bits_per_byte = bound.nats * val_file.num_tokens / val_file.num_bytes / math.log(2)
             figures = {"step": step, "nats": bound.nats, "stderr": bound.stderr, "rows": len(x_0),
                        "bits_per_byte": bits_per_byte, "curve": bound.curve and bound.curve._asdict()}
+            figures = json.loads(json.dumps(figures), parse_constant=lambda nan: None)  # JSON has no NaN
             print(json.dumps(figures), file=log)
             show(f"step {step}: {describe(bound, bits_per_byte, cfg.objective)}", stays=True)
 
         # Save, when there is news or no more time.
         out_of_time = cfg.max_minutes is not None and time.monotonic() - started > 60 * cfg.max_minutes
-        stopping = any_process(bool(signals) or out_of_time or step == cfg.max_steps, world, device)
+        stopping = bool(signals) or out_of_time or step >= (cfg.max_steps or cfg.steps)
+        if world > 1:  # all must leave the loop at the same step
+            dist.all_reduce(wishes := torch.tensor(float(stopping), device=device))
+            stopping = wishes.item() > 0
         if master and (measuring or stopping):
             info = {"format": 1, "model": dataclasses.asdict(model_config), "config": dataclasses.asdict(cfg),
                     "tokenizer": train_file.tokenizer, "step": step, "evaluation": figures}
@@ -478,14 +474,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return train(load(TrainConfig, path, arguments[path is not None :], "train.py", __doc__))
     except (ConfigError, DataError, CheckpointError) as error:  # the user's mistake
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        code, message = 2, str(error)
     except (FloatingPointError, OSError) as error:  # diverged, disk full
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: out of memory, use a smaller --micro-batch-size ({error})"[:300], file=sys.stderr)
-        return 1
+        code, message = 1, f"{error}; what was saved before is intact"
+    except (MemoryError, RuntimeError) as error:
+        code, message = 1, f"out of memory, use a smaller --micro-batch-size ({error!r:.200})"
+        if "alloc" not in message and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+            if not dist.is_initialized():
+                raise
+            message = f"a process of this run was lost, go on with --resume ({error!r:.200})"
+    print(f"train.py: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         print(f"experiments.denoise_page: {error}", file=sys.stderr)
         return 2
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         print(f"experiments.denoise_page: {arguments[0]} is not what sample.py --jsonl writes ({error})",
               file=sys.stderr)
         return 2

@@ -38,6 +38,7 @@ def parse(template: str, tokenizer: tiktoken.Encoding, mask_id: int) -> tuple[Te
             raise ValueError(f"{character!r} is {len(ids)} tokens of this vocabulary: no hole can be of it")
         return ids[0]
 
+    template.encode()  # refuses, with a ValueError, half a surrogate pair: a tokenizer would replace it
     ids, form, end = [], [], 0
     for match in HOLE.finditer(template):
         ids += tokenizer.encode_ordinary(template[end : match.start()])

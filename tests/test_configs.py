@@ -50,7 +50,7 @@ def test_a_switch_needs_no_value():
     ("learning_rate = nan", "learning_rate is out of range: nan"),
     ("objective = 'gpt'", "objective must be diffusion or mlm or autoregressive, not 'gpt'"),
     ("steps = ", "is not TOML"),
-    ("prefix_length = 256", "does not fit context_length"),
+    ("prefix_length = 256", "does not fit rows of 256 tokens"),
     ("weighting = 'row'", "weighting must be nelbo or token, not 'row'"),
     ("steps = 5 # \udcff".encode("utf-8", "surrogateescape"), "is not TOML"),
 ])

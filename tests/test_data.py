@@ -4,6 +4,7 @@ what is read must be what was written. Downloads come from a server of our own, 
 import hashlib
 import http.server
 import importlib.metadata
+import itertools
 import json
 import shutil
 import sys
@@ -473,11 +474,14 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server:
-    """Serves `content` at any address: whole, or breaking off after `cut` bytes, or an error `status`."""
+    """Serves `content` at any address: whole, or breaking off, or falling silent, after `cut` bytes, or an
+    error `status`, or first some `redirects`."""
 
     def __init__(self):
         self.content, self.cut, self.status = CONTENT, None, 200
         self.ranges_supported, self.chunked = True, False
+        self.redirects, self.length, self.silent = iter(()), None, threading.Event()
+        self.silent.set()  # cleared: it says nothing more after `cut` bytes
         self.requests = []  # the Range header of each, or None
         outer = self
 
@@ -495,7 +499,11 @@ class Server:
         wanted = request.headers["Range"]
         self.requests.append(wanted)
         if self.status != 200:
-            return request.send_error(self.status)
+            return request.send_error(self.status, "\x1b[2Jan answer\a")
+        for location in self.redirects:
+            request.send_response(302)
+            request.send_header("Location", location)
+            return request.end_headers()
         start = 0
         if wanted and self.ranges_supported:
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
@@ -513,9 +521,10 @@ class Server:
             sent = f"{len(sent):x}\r\n".encode() + sent + b"\r\n" + last
         else:  # a connection cut at the very end has sent all, but had promised more
             promised = len(body) + (self.cut is not None and self.cut >= len(body))
-            request.send_header("Content-Length", str(promised))
+            request.send_header("Content-Length", str(promised) if self.length is None else self.length)
         request.end_headers()
         request.wfile.write(sent)
+        self.silent.wait()
 
 
 @pytest.fixture
@@ -525,16 +534,17 @@ def server(monkeypatch):
     thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
+    server.silent.set()
     server.http.shutdown()
     thread.join()
     server.http.server_close()
 
 
-def interrupted(server, path, cut):
+def interrupted(server, path, cut, timeout=60):
     """A first attempt that breaks off after `cut` bytes."""
     server.cut = cut
     with pytest.raises(DataError) as error:
-        prepare_data.download(server.url, SHA256, path)
+        prepare_data.download(server.url, SHA256, path, timeout)
     assert not path.exists() and "\n" not in str(error.value)
     server.cut = None
 
@@ -613,7 +623,7 @@ def test_an_error_status_is_one_line_that_names_address_and_status(server, tmp_p
     server.status = status
     with pytest.raises(DataError, match=str(status)) as error:
         prepare_data.download(server.url, SHA256, tmp_path / "corpus.txt")
-    assert server.url in str(error.value) and "\n" not in str(error.value)
+    assert server.url in str(error.value) and str(error.value).isprintable()
     assert tree(tmp_path) == {}
 
 
@@ -626,6 +636,41 @@ def test_an_error_status_keeps_what_an_earlier_attempt_fetched(server, tmp_path)
     server.status = 200
     assert prepare_data.download(server.url, SHA256, path).read_bytes() == CONTENT
     assert server.requests[-1] == "bytes=30000-"
+
+
+def test_a_redirect_is_followed_and_what_comes_is_checked(server, tmp_path):
+    server.redirects = iter([server.url + "?elsewhere"])
+    assert prepare_data.download(server.url, SHA256, tmp_path / "corpus.txt").read_bytes() == CONTENT
+    server.redirects, server.content = iter([server.url + "?elsewhere"]), b"<html>Please log in</html>"
+    with pytest.raises(DataError, match="SHA-256"):
+        prepare_data.download(server.url, SHA256, tmp_path / "other.txt")
+    assert list(tree(tmp_path)) == [tmp_path / "corpus.txt"]
+
+
+@pytest.mark.parametrize("location", ["/corpus.txt", "file:///etc/passwd", "http://[", "http://127.0.0.1:99999999/",
+                                      "gopher://127.0.0.1/", "//", "http://127.0.0.1:1/\u00e9 "])
+def test_a_redirect_that_leads_nowhere_is_one_line(server, tmp_path, location):
+    server.redirects = itertools.repeat(location.encode().decode("latin-1"))
+    with pytest.raises(DataError, match=server.url) as error:
+        prepare_data.download(server.url, SHA256, tmp_path / "corpus.txt")
+    assert str(error.value).isprintable() and tree(tmp_path) == {}
+
+
+def test_a_server_that_falls_silent_is_given_up_and_resumed(server, tmp_path):
+    path = tmp_path / "corpus.txt"
+    server.silent.clear()
+    server.length = str(len(CONTENT))
+    interrupted(server, path, cut=30_000, timeout=0.2)
+    server.silent.set()
+    server.length = None
+    assert prepare_data.download(server.url, SHA256, path).read_bytes() == CONTENT
+    assert server.requests == [None, "bytes=30000-"]
+
+
+@pytest.mark.parametrize("length", ["many", "-5", "1e3", "\xb2"])
+def test_a_length_that_is_no_number_does_not_matter(server, tmp_path, length):
+    server.length = length
+    assert prepare_data.download(server.url, SHA256, tmp_path / "corpus.txt").read_bytes() == CONTENT
 
 
 def test_no_server_is_one_line_that_names_the_address(tmp_path, monkeypatch):
@@ -701,17 +746,21 @@ def test_text8_is_unpacked(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
         archive.writestr("text8", " anarchism originated as a term")
     local_downloads(monkeypatch, {"text8.zip": (tmp_path / "archive.zip").read_bytes()})
+    (tmp_path / "text8").write_text("half of an earlier attempt that was killed")
     text = "".join(text for _, text in read(prepare_data.CORPORA["text8"](tmp_path)))
     assert text == " anarchism originated as a term"
 
 
-def test_text8_trains_on_90_million_and_validates_on_5(tmp_path):
+def test_text8_trains_on_90_million_and_validates_on_5(tmp_path, monkeypatch):
     marks = {0: b"a", 89_999_999: b"b", 90_000_000: b"c", 94_999_999: b"d", 95_000_000: b"e"}
-    with open(tmp_path / "text8", "wb") as file:  # already there, nothing to download; between the marks NUL
+    with open(tmp_path / "text8", "wb") as file:  # between the marks NUL
         file.truncate(100_000_000)
         for position, mark in marks.items():
             file.seek(position)
             file.write(mark)
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.write(tmp_path / "text8", "text8")
+    local_downloads(monkeypatch, {"text8.zip": (tmp_path / "archive.zip").read_bytes()})
     ends = []
     for split, pieces in prepare_data.CORPORA["text8"](tmp_path):
         pieces = list(pieces)

@@ -307,7 +307,8 @@ def test_optimizer_groups_hold_every_parameter_exactly_once():
 def write_checkpoint(folder, net, **replaced) -> dict:
     """The file that training writes; `replaced` puts a foreign value in one of its three entries."""
     tensors = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    info = {"model": asdict(net.config), "config": {}, "tokenizer": "byte", "step": 7, "curve": None}
+    info = {"format": 1, "model": asdict(net.config), "config": {"objective": "diffusion"},
+            "tokenizer": "byte", "step": 7}
     info_text = json.dumps(info | {"evaluation": {"nats": 1.5}})
     content = {"tensors": tensors, "info": info_text, "digest": model.digest(tensors, info_text)}
     torch.save(content | replaced, folder / "model.pt")
@@ -436,7 +437,7 @@ def test_a_file_from_something_else_is_refused(tmp_path, kind):
 def test_weights_of_another_architecture_are_refused(tmp_path, change):
     # Intact, with the right digest, but not what this network is made of.
     content = write_checkpoint(tmp_path, fresh())
-    info = json.dumps({"model": SHAPE | change})
+    info = json.dumps(json.loads(content["info"]) | {"model": SHAPE | change})
     digest = model.digest(content["tensors"], info)
     write_checkpoint(tmp_path, fresh(), info=info, digest=digest)
     assert_refused(tmp_path, "does not fit")
