@@ -166,7 +166,7 @@ def write(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: t
     generator = torch.Generator().manual_seed(args.seed)
     states = diffusion.denoise(network, x, mask_id, generator=generator, **options)
     start, before = next(states), x.tolist()  # bad options are refused here, before a file is opened
-    with (torch.autocast(args.device, torch.bfloat16, enabled=has_bfloat16(x.device)),  # twice as fast
+    with (torch.autocast(args.device, torch.bfloat16, enabled=has_bfloat16(x.device)),
           open(args.jsonl, "w", encoding="utf-8") if args.jsonl else contextlib.nullcontext() as log):
         for step, state in enumerate(itertools.chain([start], states)):
             if log or args.show_steps:
