@@ -164,9 +164,12 @@ class Transformer(nn.Module):
         return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster there. A CPU without instructions for it emulates them, far too slowly."""
-    return {"cuda": True, "mps": False, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported()}[device.type]
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products. A CPU without bfloat16 instructions emulates them, far too slowly."""
+    if precision == "auto":
+        native = {"cuda": True, "mps": False, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+        precision = "bfloat16" if native[device.type] else "float32"
+    return getattr(torch, precision)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import diffusion
 from configs import Parser
-from model import CheckpointError, Transformer, has_bfloat16, load_checkpoint
+from model import CheckpointError, Transformer, choose_dtype, load_checkpoint
 from prepare_data import DataError, get_tokenizer
 
 HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
@@ -166,7 +166,8 @@ def write(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: t
     generator = torch.Generator().manual_seed(args.seed)
     states = diffusion.denoise(network, x, mask_id, generator=generator, **options)
     start, before = next(states), x.tolist()  # bad options are refused here, before a file is opened
-    with (torch.autocast(args.device, torch.bfloat16, enabled=has_bfloat16(x.device)),
+    fast = choose_dtype("auto", x.device) == torch.bfloat16
+    with (torch.autocast(args.device, torch.bfloat16, enabled=fast),
           open(args.jsonl, "w", encoding="utf-8") if args.jsonl else contextlib.nullcontext() as log):
         for step, state in enumerate(itertools.chain([start], states)):
             if log or args.show_steps:

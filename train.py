@@ -29,10 +29,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (CheckpointError, ModelConfig, Transformer, count_parameters, digest,  # isort: skip
-                   flops_per_token, has_bfloat16, load_checkpoint, optimizer_groups, read_checkpoint_file)
 from configs import ConfigError, load
 from diffusion import MASK_RATIOS, OBJECTIVES, WEIGHTINGS, Bound, corrupt, evaluate, keyed_generator, loss
+from model import (
+    CheckpointError,
+    ModelConfig,
+    Transformer,
+    choose_dtype,
+    count_parameters,
+    digest,
+    flops_per_token,
+    load_checkpoint,
+    optimizer_groups,
+    read_checkpoint_file,
+)
 from prepare_data import DataError, TokenFile
 
 
@@ -195,13 +205,6 @@ def can_compile() -> bool:
     if not found:
         print("train.py: no C++ compiler found, so nothing is compiled; g++ would be faster", file=sys.stderr)
     return found
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products."""
-    if precision == "auto":
-        precision = "bfloat16" if has_bfloat16(device) else "float32"
-    return getattr(torch, precision)
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:

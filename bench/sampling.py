@@ -26,8 +26,8 @@ from torch import Generator, Tensor
 from bench.training import SHAPES
 from configs import ConfigError, Parser
 from diffusion import draw_tokens, generate, largest, left_to_right_model
-from model import ModelConfig, Transformer, norm, rotate
-from train import can_compile, choose_device, choose_dtype, keep_freed_memory
+from model import ModelConfig, Transformer, choose_dtype, norm, rotate
+from train import can_compile, choose_device, keep_freed_memory
 
 
 class CachedTwin:

@@ -30,8 +30,15 @@ from torch import Tensor, nn
 
 from configs import ConfigError, Parser
 from diffusion import Batch, corrupt, keyed_generator, loss
-from model import ModelConfig, Transformer, count_parameters, flops_per_token, optimizer_groups
-from train import Muon, can_compile, choose_device, choose_dtype, keep_freed_memory, matmul_ceiling
+from model import (
+    ModelConfig,
+    Transformer,
+    choose_dtype,
+    count_parameters,
+    flops_per_token,
+    optimizer_groups,
+)
+from train import Muon, can_compile, choose_device, keep_freed_memory, matmul_ceiling
 
 SHAPES = {  # ModelConfig, rows per step on a CPU, rows per step on a GPU
     "quickstart": (ModelConfig(257, 256, n_layer=4, n_head=3, n_embd=192), 8, 256),

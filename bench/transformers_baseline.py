@@ -22,8 +22,8 @@ import torch
 from bench.training import SHAPES, Way
 from configs import ConfigError, Parser
 from diffusion import keyed_generator
-from model import ModelConfig, count_parameters, round_up
-from train import can_compile, choose_device, choose_dtype, keep_freed_memory
+from model import ModelConfig, choose_dtype, count_parameters, round_up
+from train import can_compile, choose_device, keep_freed_memory
 
 START, PAD, SPECIAL = 0, 1, 2  # RoBERTa's first ids; real tokens follow these two, the mask token is the last
 
