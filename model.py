@@ -118,8 +118,11 @@ class Block(nn.Module):
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, positions: Tensor | None = None) -> Tensor:
+        """x (B,T,C) -> (B,T,C), or with flat `positions` (P,) only what stands there, (P,C)."""
         x = x + self.attention(norm(x), rotary)
+        if positions is not None:  # from the last attention on, places no longer look at each other
+            x = x.flatten(0, 1)[positions]
         return x + self.down(F.relu(self.up(norm(x))).square())
 
 
@@ -149,17 +152,16 @@ class Transformer(nn.Module):
 
         tokens: (B,T) int64, the mask token being `config.mask_id`; T at most `context_length`.
         positions: (P,) flat places b*T + t. The head is about a third of GPT-2's work, and a masked
-            model learns only from hidden places: asking for just those halves that third.
+            model learns only from hidden places: asking for just those halves that third, and the last MLP.
         """
         T = tokens.size(1)
         if T > self.config.context_length:
             raise ValueError(f"{T} tokens are more than the context length {self.config.context_length}")
+        *blocks, last = self.blocks
         x = norm(self.embedding(tokens))
-        for block in self.blocks:
+        for block in blocks:
             x = block(x, self.rotary[:, :T])
-        x = norm(x)  # (B,T,C)
-        if positions is not None:
-            x = x.flatten(0, 1)[positions]  # (P,C)
+        x = norm(last(x, self.rotary[:, :T], positions))  # (B,T,C) or (P,C)
         # The rows of the mask token and of the padding are cut off: what is not there cannot be sampled.
         return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
 
@@ -179,12 +181,12 @@ def count_parameters(model: nn.Module) -> int:
 def flops_per_token(config: ModelConfig, predicted_share: float = 1.0) -> float:
     """Floating-point operations of one training step, per token of the batch.
 
-    A matrix entry costs 2 per token forward and 4 backward. The blocks have 12 L C^2 entries, the head
-    C V, used at `predicted_share` = P / (B T) of the places. Attention multiplies T x T twice: 4 C T per
-    layer forward, 12 L C T in all; causal attention is not discounted.
+    A matrix entry costs 2 per token forward and 4 backward. The blocks have 12 L C^2 entries, the head C V;
+    the head and the last MLP, 8 C^2, work at `predicted_share` = P / (B T) of the places. Attention
+    multiplies T x T twice: 4 C T per layer forward, 12 L C T in all; causal attention is not discounted.
     """
     L, C, T, V = config.n_layer, config.n_embd, config.context_length, config.vocab_size
-    return 6 * (12 * L * C**2 + predicted_share * C * V) + 12 * L * C * T
+    return 6 * ((12 * L - 8) * C**2 + predicted_share * (8 * C**2 + C * V)) + 12 * L * C * T
 
 
 def optimizer_groups(model: Transformer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
