@@ -209,7 +209,7 @@ def change_tensors(tensors: dict, chance: random.Random) -> dict:
         case 3:
             tensors[name] = tensor.t() if tensor.dim() == 2 else tensor[None]
         case 4:
-            tensors[name] = tensor.flatten()[:1].expand(2 ** chance.choice((1, 8, 16, 22, 50)))  # of four bytes
+            tensors[name] = tensor.flatten()[:1].expand(2 ** chance.choice((1, 8, 16, 22, 50)))
         case 5:
             tensors[name] = tensor * float(chance.choice(("nan", "inf", "1e38", "0")))
         case 6:
