@@ -130,7 +130,10 @@ def content_of(path: Path) -> dict:
 
 def write_with_digest(path: Path, content: dict) -> None:
     """A checkpoint file whose digest is right, whatever it holds."""
-    content["digest"] = model_file.digest(content["tensors"], content["info"])
+    try:
+        content["digest"] = model_file.digest(content["tensors"], content["info"])
+    except RuntimeError:  # too large a tensor to have
+        content["digest"] = ""
     torch.save(content, path)
 
 
@@ -206,7 +209,7 @@ def change_tensors(tensors: dict, chance: random.Random) -> dict:
         case 3:
             tensors[name] = tensor.t() if tensor.dim() == 2 else tensor[None]
         case 4:
-            tensors[name] = tensor.flatten()[:1].expand(2**chance.randrange(40))  # a storage of four bytes
+            tensors[name] = tensor.flatten()[:1].expand(2 ** chance.choice((1, 8, 16, 22, 50)))
         case 5:
             tensors[name] = tensor * float(chance.choice(("nan", "inf", "1e38", "0")))
         case 6:
@@ -228,10 +231,7 @@ def test_a_checkpoint_that_lies_with_a_right_digest_is_refused_or_usable(tmp_pat
                 info = json.dumps(change(json.loads(info), chance))
             else:
                 tensors = change_tensors(tensors, chance)
-            try:
-                write_with_digest(tmp_path / "model.pt", {"tensors": tensors, "info": info})
-            except RuntimeError:  # the 2**39 copies of a number, which digest() cannot have
-                torch.save({"tensors": tensors, "info": info, "digest": ""}, tmp_path / "model.pt")
+            write_with_digest(tmp_path / "model.pt", {"tensors": tensors, "info": info})
             refusals += refused(lambda: use(tmp_path), CheckpointError)
             assert all(line.startswith(("sample.py: ", "note: ")) or "new tokens in" in line
                        for line in capsys.readouterr().err.splitlines())
@@ -264,10 +264,7 @@ def test_a_state_that_lies_with_a_right_digest_is_refused_or_goes_on(tmp_path, d
             info = json.dumps(change(json.loads(info), chance))
         else:
             tensors = change_tensors(tensors, chance)
-        try:
-            write_with_digest(out_dir / "state.pt", {"tensors": tensors, "info": info})
-        except RuntimeError:
-            continue
+        write_with_digest(out_dir / "state.pt", {"tensors": tensors, "info": info})
         (out_dir / "log.jsonl").write_bytes((FIRST / "log.jsonl").read_bytes())
         codes.append(main([f"--{key}={value}" for key, value in cfg.items() if value is not None]))
         errors = capsys.readouterr().err
