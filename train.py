@@ -293,6 +293,19 @@ def describe(bound: Bound, bits_per_byte: float, objective: str) -> str:
 
 def train(cfg: TrainConfig) -> int:
     """Run `cfg`, writing cfg.out_dir (see model.py). Returns the exit code: 0, or 128 + a signal's number."""
+    signals: list[int] = []  # SIGINT and SIGTERM ask to finish the step, save and stop
+    handlers = {number: signal.signal(number, lambda number, frame: signals.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run(cfg, signals)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 128 + signals[0] if signals else 0
+
+
+def run(cfg: TrainConfig, signals: list[int]) -> None:
+    """The run itself, which stops after a step when there are `signals`."""
 
     # --- the machine -------------------------------------------------------------------------------
     started = time.monotonic()
@@ -377,9 +390,6 @@ def train(cfg: TrainConfig) -> int:
     # --- the loop ----------------------------------------------------------------------------------
     network = DistributedDataParallel(model) if world > 1 else model
     step_loss = torch.compile(loss) if cfg.compile and can_compile() else loss
-    signals: list[int] = []  # SIGINT and SIGTERM ask to finish the step, save and stop
-    handlers = {number: signal.signal(number, lambda number, frame: signals.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
     stopping, tick, tick_step = False, time.monotonic(), step
     while step < cfg.steps and not stopping:
         for optimizer in optimizers:
@@ -460,15 +470,12 @@ def train(cfg: TrainConfig) -> int:
             save(out_dir / "state.pt", tensors, info)
             tick, tick_step = time.monotonic(), step
 
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     if world > 1:
         del network  # or else it outlives its process group, and now and then never returns from that
         dist.barrier()
         dist.destroy_process_group()
     if master and step < cfg.steps:
         show(f"stopped after step {step} of {cfg.steps}; the same command with --resume goes on", stays=True)
-    return 128 + signals[0] if signals else 0
 
 
 def main(arguments: list[str] | None = None) -> int:

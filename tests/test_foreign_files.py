@@ -45,6 +45,8 @@ MANY = [pytest.param(200, 0, id="short"),  # how many inputs, and the seed of th
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+    pytest.mark.filterwarnings("ignore:invalid escape sequence"),
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence"),
 ]
 
 

@@ -107,6 +107,17 @@ def test_two_processes_train_the_same_model_as_one(data, tmp_path):
     torch.testing.assert_close(state(one), state(tmp_path / "two"), atol=1e-4, rtol=1e-3)
 
 
+def test_a_run_that_fails_gives_the_signals_back(data, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise FloatingPointError("while SIGTERM was caught")
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr("train.corrupt", fail)
+    with pytest.raises(FloatingPointError):
+        run(data, tmp_path / "out")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_the_step_is_compiled_once_whatever_happens_between_steps(data, tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
