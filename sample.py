@@ -148,8 +148,9 @@ def sampling_options(args: argparse.Namespace, info: dict, tokenizer: tiktoken.E
                     block_length=args.block_length, gumbel=args.gumbel)
     if args.schedule == "optimal":
         try:
-            curve = diffusion.smooth(diffusion.Curve(**info["evaluation"]["curve"]))
-        except (LookupError, TypeError):
+            curve = info["evaluation"]["curve"] | {"N": info["model"]["context_length"]}  # whatever it claims
+            curve = diffusion.smooth(diffusion.Curve(**curve))
+        except (ArithmeticError, AttributeError, LookupError, TypeError):
             raise ValueError("schedule optimal needs a checkpoint that was evaluated; this was not") from None
         options["schedule"] = diffusion.optimal_schedule(curve, options["steps"])
     return options

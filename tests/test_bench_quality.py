@@ -241,7 +241,8 @@ def checkpoints(tmp_path) -> list[str]:
             torch.nn.init.normal_(parameter, std=0.3)
         (tmp_path / name).mkdir()
         train.save(tmp_path / name / "model.pt", model.state_dict(),
-                   {"model": vars(model.config), "tokenizer": "byte"})
+                   {"format": 1, "model": vars(model.config), "tokenizer": "byte",
+                    "config": {"objective": "autoregressive" if causal else "diffusion"}})
     return [f"--checkpoint={tmp_path / 'run'}", f"--judge={tmp_path / 'twin'}"]
 
 

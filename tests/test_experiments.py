@@ -123,7 +123,8 @@ def test_the_result_always_satisfies_the_template(order, steps):
 ])
 def test_a_mistake_gets_one_line(arguments, message, tmp_path, capsys):
     model = Transformer(ModelConfig(257, 128, n_layer=1, n_head=1, n_embd=8))
-    info = {"model": dataclasses.asdict(model.config), "tokenizer": "byte"}
+    info = {"format": 1, "model": dataclasses.asdict(model.config), "config": {"objective": "diffusion"},
+            "tokenizer": "byte"}
     save(tmp_path / "model.pt", model.state_dict(), info)
     assert structured.main(["--checkpoint", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
