@@ -1,0 +1,98 @@
+"""What the experiments share: training runs that are kept, pictures, the answer at the end.
+
+    python -m experiments.NAME [--checkpoint out/quickstart] [--data-dir data/sotu] [--picture FILE.png]
+
+An experiment trains what it needs in out/experiments/, where a second run finds it, prints a table, draws it
+(in out/experiments/NAME.png by default), and ends with the answer in a sentence and a JSON line.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from configs import ConfigError, Parser
+from model import CheckpointError
+from prepare_data import DataError
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+OUT = Path("out/experiments")
+
+
+def command(main: Callable) -> Callable[..., int]:
+    """`main(arguments)` as a command: a mistake of the user's is one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(arguments: list[str] | None = None) -> int:
+        try:
+            main(arguments)
+        except (CheckpointError, ConfigError, DataError) as error:
+            name = Path(sys.modules[main.__module__].__file__).stem
+            print(f"experiments.{name}: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    return wrapped
+
+
+def flags(name: str, doc: str) -> Parser:
+    """A parser with what all experiments take; `doc` is the module's, whose first line is the question."""
+    parser = Parser(prog=f"experiments.{name}", description=doc.split("\n")[0])
+    parser.add_argument("--checkpoint", default="out/quickstart", help="(default: out/quickstart)")
+    parser.add_argument("--data-dir", default="data/sotu", help="(default: data/sotu)")
+    parser.add_argument("--picture", type=Path, default=OUT / f"{name}.png", help="the PNG to draw")
+    return parser
+
+
+def trained(name: str, *settings: str, config: str = "configs/quickstart.toml") -> Path:
+    """The folder of a finished run of train.py: found in out/experiments/NAME, continued, or trained now.
+
+    settings: flags of train.py. If it fails, it has said why, and we end with its exit code; a run of this
+    name with other settings is such a failure: delete its folder to train anew.
+    """
+    folder = OUT / name
+    resume = ["--resume"] if (folder / "state.pt").exists() else []
+    print(f"$ python train.py {' '.join([config, *settings])} --out-dir {folder}", flush=True)
+    large_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # faster on Linux, see bench/NOTES.md
+    result = subprocess.run([sys.executable, TRAIN, config, *settings, "--out-dir", folder, *resume],
+                            env=large_pages | os.environ)
+    if result.returncode:
+        sys.exit(result.returncode)
+    return folder
+
+
+def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
+    """(lines of training, evaluations) of a run's log.jsonl."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "nats" in line]
+
+
+def draw(path: Path, paint: Callable, columns: int = 1, rows: int = 1, width: float = 5.0,
+         height: float = 4.0) -> None:
+    """Save what `paint(axes)` draws, or say in one line why not. width, height: inches of a panel."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure = pyplot.figure(figsize=(width * columns, height * rows), layout="constrained")
+        paint(figure.subplots(rows, columns))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+        print(f"picture: {path}")
+    except ImportError:
+        print("no picture: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
+    except OSError as error:
+        print(f"no picture: {error}", file=sys.stderr)
+
+
+def answer(sentence: str, figures: dict) -> None:
+    """The end of every experiment: the answer, and one JSON line with what it rests on."""
+    print(f"\nAnswer: {sentence}\n{json.dumps(figures)}")
