@@ -4,7 +4,7 @@ New tokens per second (given ones are not counted), the time for a text, and the
 
     denoise           this repository, by order and number of steps
     straightforward   the loop most code has: logits and softmax at all places in each step, then keep some
-    gpt, cached       the causal twin with a key-value cache, eager, a call for each token, given ones too
+    gpt, cached       the causal twin with a key-value cache, eager, a call for each token
     gpt, uncached     the same without a cache
 
 all with untrained networks of one shape (speed does not depend on what they know). Each runs in turn; figures
@@ -25,51 +25,50 @@ from torch import Generator, Tensor
 
 from bench.training import SHAPES
 from configs import ConfigError, Parser
-from diffusion import draw_tokens, generate, largest, left_to_right_model
+from diffusion import draw_tokens, generate, largest, left_to_right_model, shift_right
 from model import ModelConfig, Transformer, choose_dtype, norm, rotate
 from train import can_compile, choose_device, keep_freed_memory
 
 
 class CachedTwin:
-    """The causal network, one token at a time, with the keys and values of all earlier ones kept."""
+    """The causal network, with the keys and values of all earlier tokens kept: the given ones in one call,
+    then one at a time."""
 
     def __init__(self, model: Transformer):
         self.model, self.length = model, 0
         self.cache: list[tuple[Tensor, Tensor]] = []  # keys and values (B,H,T,D) of each layer
 
-    def __call__(self, token: Tensor) -> Tensor:
-        """Logits (B,V) of the next token after `token` (B,), the first being the mask token."""
-        t, model = self.length, self.model
-        B, H = len(token), model.config.n_head
-        x = norm(model.embedding(token))  # (B,C)
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (B,V) of what comes after `tokens` (B,n), the first of all being the mask token; after the
+        first call n = 1."""
+        model, start, (B, n) = self.model, self.length, tokens.shape
+        H, self.length = model.config.n_head, start + n
+        x = norm(model.embedding(tokens))  # (B,n,C)
         for layer, block in enumerate(model.blocks):
-            q, k, v = block.attention.qkv(norm(x)).view(B, 3, H, 1, -1).unbind(1)  # (B,H,1,D)
-            rotary = model.rotary[:, t : t + 1]
+            q, k, v = block.attention.qkv(norm(x)).view(B, n, 3, H, -1).permute(2, 0, 3, 1, 4)  # (B,H,n,D)
+            rotary = model.rotary[:, start : self.length]
             q, k = rotate(norm(q), rotary), rotate(norm(k), rotary)
-            if t == 0:
+            if start == 0:
                 empty = k.new_zeros(B, H, model.config.context_length, k.size(3))
                 self.cache.append((empty, empty.clone()))
-            keys, values = self.cache[layer]
-            keys[:, :, t], values[:, :, t] = k[:, :, 0], v[:, :, 0]
-            y = F.scaled_dot_product_attention(q, keys[:, :, : t + 1], values[:, :, : t + 1])
-            x = x + block.attention.proj(y.reshape(B, -1))
+            keys, values = (kept[:, :, : self.length] for kept in self.cache[layer])
+            keys[:, :, start:], values[:, :, start:] = k, v
+            y = F.scaled_dot_product_attention(q, keys, values, is_causal=n > 1)
+            x = x + block.attention.proj(y.transpose(1, 2).reshape(B, n, -1))
             x = x + block.down(F.relu(block.up(norm(x))).square())
-        self.length += 1
-        return F.linear(norm(x), model.embedding.weight)[:, : model.config.vocab_size]
+        return F.linear(norm(x[:, -1]), model.embedding.weight)[:, : model.config.vocab_size]
 
 
 @torch.no_grad()
 def write_cached(model: Transformer, x: Tensor, temperature: float = 1.0,
                  generator: Generator | None = None) -> Tensor:
-    """Fill x (B,T), given up to some place and hidden from there on, left to right with a cache."""
-    twin, x = CachedTwin(model), x.clone()
-    token = torch.full_like(x[:, 0], model.config.mask_id)  # the start of text
-    for t in range(x.size(1)):
-        logits = twin(token)
-        hidden = x[:, t] == model.config.mask_id
-        if hidden.any():
-            x[:, t] = torch.where(hidden, draw_tokens(logits, temperature, generator=generator), x[:, t])
-        token = x[:, t]
+    """Fill x (B,T), given up to some place, the same in each row, and hidden from there on, left to right."""
+    twin, x, mask_id = CachedTwin(model), x.clone(), model.config.mask_id
+    given = int((x != mask_id).sum(1).min())
+    tokens = shift_right(x, mask_id)[:, : given + 1]
+    for t in range(given, x.size(1)):
+        x[:, t] = draw_tokens(twin(tokens), temperature, generator=generator)
+        tokens = x[:, t : t + 1]
     return x
 
 
@@ -91,7 +90,7 @@ def write_straightforward(model: Callable, x: Tensor, mask_id: int, steps: int,
 def ways(network: Callable, model: Transformer, twin: Transformer, x: Tensor,
          step_counts: list[int]) -> dict[tuple[str, int], Callable[[Generator], Tensor]]:
     """{(name, model calls): writes x, given a generator}."""
-    mask_id, T = model.config.mask_id, x.size(1)
+    mask_id = model.config.mask_id
     new = int((x[0] == mask_id).sum())
     found: dict[tuple[str, int], Callable] = {}
     for steps in sorted({min(steps, new) for steps in step_counts}):
@@ -103,7 +102,7 @@ def ways(network: Callable, model: Transformer, twin: Transformer, x: Tensor,
         if network is not model:
             found["straightforward, eager", steps] = (
                 lambda g, steps=steps: write_straightforward(model, x, mask_id, steps, g))
-    found["gpt, cached", T] = lambda g: write_cached(twin, x, generator=g)
+    found["gpt, cached", new] = lambda g: write_cached(twin, x, generator=g)
     causal = left_to_right_model(twin, mask_id)
     found["gpt, uncached", new] = (
         lambda g: generate(causal, x, mask_id, new, order="left_to_right", generator=g))
@@ -167,9 +166,9 @@ def main() -> int:
         by_way = {(row["way"], row["calls"]): row["seconds"] for row in rows if row["batch"] == batch}
         most = min(max(args.steps), new)
         per_call = by_way["denoise, random", most] / most
-        if ("gpt, cached", T) in by_way:
+        if ("gpt, cached", new) in by_way:
             print(f"  batch {batch}: as long as the cached twin takes, denoise makes "
-                  f"{by_way['gpt, cached', T] / per_call:.0f} calls")
+                  f"{by_way['gpt, cached', new] / per_call:.0f} calls")
         for name in ("straightforward", "straightforward, eager"):
             if (name, most) in by_way:
                 ratio = by_way[name, most] / by_way["denoise, random", most]
