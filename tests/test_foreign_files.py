@@ -300,6 +300,15 @@ def shared() -> bytes:
     return file.getvalue()
 
 
+def crowded() -> bytes:
+    """A directory that names 300,000 files, of which Python would make an object each."""
+    small = archive(b"\x80\x02].")
+    directory, end = small.index(b"PK\1\2"), small.index(b"PK\5\6")
+    entries = small[directory:end] + small[directory : small.find(b"PK\1\2", directory + 1)] * 300_000
+    size = struct.pack("<I", len(entries))
+    return small[:directory] + entries + small[end : end + 12] + size + small[end + 16 :]
+
+
 def claiming(**claims) -> bytes:
     """A right digest over a configuration that asks for a giant."""
     content, file = content_of(FIRST / "model.pt"), io.BytesIO()
@@ -324,6 +333,7 @@ BOMBS = {
     "sixteen bytes doubled 28 times": lambda: archive(HEX),
     "compressed": lambda: archive(b"\x80\x02]" + b"0]" * 10**8 + b".", zipfile.ZIP_DEFLATED),
     "a long structure": lambda: archive(b"\x80\x02" + b"]" * 2**21 + b"."),
+    "a directory of 300,000 files": crowded,
     "a billion numbers in four bytes": expanded,
     "one tensor 8,000 times": shared,
     "a billion layers": lambda: claiming(n_layer=10**9),
