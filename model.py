@@ -15,6 +15,7 @@ Letters used everywhere: B rows, T tokens, C channels, H heads, D = C/H, V vocab
 import hashlib
 import io
 import json
+import math
 import pickletools
 import zipfile
 from dataclasses import dataclass, fields
@@ -55,11 +56,6 @@ class ModelConfig:
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without parameters: x / sqrt(mean(x^2)), over the channels."""
     return F.rms_norm(x, (x.size(-1),))
-
-
-def round_up(n: int, multiple: int = 64) -> int:
-    """Matrix units like multiples of 64; the extra rows are never addressed or shown."""
-    return (n + multiple - 1) // multiple * multiple
 
 
 def rotary_table(length: int, dim: int) -> Tensor:
@@ -134,7 +130,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         # One table serves as embedding and as head: measured better than two, and a third fewer parameters.
-        self.embedding = nn.Embedding(round_up(config.vocab_size + 1), config.n_embd)
+        # Matrix units like multiples of 64 rows; those beyond the mask token are never addressed or shown.
+        self.embedding = nn.Embedding(math.ceil((config.vocab_size + 1) / 64) * 64, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         rotary = rotary_table(config.context_length, config.n_embd // config.n_head)
         self.register_buffer("rotary", rotary, persistent=False)

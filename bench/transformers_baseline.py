@@ -12,6 +12,7 @@ pip install transformers.
 import argparse
 import importlib.util
 import json
+import math
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ import torch
 from bench.training import SHAPES, Way
 from configs import ConfigError, Parser
 from diffusion import keyed_generator
-from model import ModelConfig, choose_dtype, count_parameters, round_up
+from model import ModelConfig, choose_dtype, count_parameters
 from train import can_compile, choose_device, keep_freed_memory
 
 START, PAD, SPECIAL = 0, 1, 2  # RoBERTa's first ids; real tokens follow these two, the mask token is the last
@@ -44,7 +45,7 @@ def roberta(config: ModelConfig, mlm_probability: float) -> tuple[torch.nn.Modul
     collator = transformers.DataCollatorForLanguageModeling(
         tokenizer, mlm_probability=mlm_probability, mask_replace_prob=1.0, random_replace_prob=0.0)
     model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(
-        vocab_size=round_up(len(names)),  # as this repository's table: matrix units like multiples of 64
+        vocab_size=math.ceil(len(names) / 64) * 64,  # as this repository's table
         max_position_embeddings=T + SPECIAL,  # it counts places from PAD + 1
         hidden_size=config.n_embd, num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
         intermediate_size=4 * config.n_embd, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
