@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,8 +47,8 @@ def command(main: Callable) -> Callable[..., int]:
 def flags(name: str, doc: str) -> Parser:
     """A parser with what all experiments take; `doc` is the module's, whose first line is the question."""
     parser = Parser(prog=f"experiments.{name}", description=doc.split("\n")[0])
-    parser.add_argument("--checkpoint", default="out/quickstart", help="(default: out/quickstart)")
-    parser.add_argument("--data-dir", default="data/sotu", help="(default: data/sotu)")
+    parser.add_argument("--checkpoint", default="out/quickstart", help="(default: %(default)s)")
+    parser.add_argument("--data-dir", default="data/sotu", help="(default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=OUT / f"{name}.png", help="the PNG to draw")
     return parser
 
@@ -105,6 +105,14 @@ def pair_nelbos(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0,
     mask = draw_mask(num_masked, T, prefix_length, generator)
     by_row = row_losses(model, x_0.masked_fill(mask, mask_id), x_0, mask, batch_size=32)
     return by_row.view(-1, 2).mean(1)
+
+
+def share_and_error(yes: Sequence[bool] | Tensor) -> tuple[float, float]:
+    """The share of True in n answers and its standard error, as if one more of each had been seen: 0 of 32
+    is not known to be none at all."""
+    n, count = len(yes), int(sum(yes))
+    p = (count + 1) / (n + 2)
+    return count / max(1, n), (p * (1 - p) / max(1, n)) ** 0.5
 
 
 def draw(path: Path, paint: Callable, columns: int = 1, rows: int = 1, width: float = 5.0,

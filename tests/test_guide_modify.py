@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import diffusion
-from experiments import custom_masking, lab, layers, prefix_lengths
+from experiments import custom_masking, domain, guidance, lab, layers, prefix_lengths
 from model import ModelConfig, Transformer
-from prepare_data import write_dataset
-from tests.test_sampling import Exact, correlated_joint, seeded
+from prepare_data import get_tokenizer, write_dataset
+from tests.test_sampling import Exact, Fixed, correlated_joint, seeded
 from train import save
 
 V, T = 3, 4
@@ -129,15 +129,17 @@ def test_the_same_end_is_scored_behind_every_prompt():
 
 
 def test_prefix_lengths_end_to_end(workplace, capsys):
-    tiny = "--config tiny.toml --data-dir data --steps 3 --rows 8 --fixed 4 --longest 16 --picture a.png "
+    tiny = "--config tiny.toml --data-dir data --steps 4 --rows 8 --fixed 4 --longest 16 --picture a.png "
     assert prefix_lengths.main((tiny + "--prompts 0 8 24 --end 8").split()) == 0
     tables = figures_of(capsys)
     assert set(tables) == {"All that follows", "The same last 8 tokens"}
     for table in tables.values():
-        assert all(set(table[name]) == {"0", "8", "24"} for name in ("none", "fixed", "drawn"))
+        assert all(set(table[name]) == {"0", "8", "24"} for name in ("none", "fixed", "drawn", "fewer"))
         assert all(more == 0 for _, _, more, _ in table["none"].values())
     assert tables["All that follows"]["none"]["24"] == tables["The same last 8 tokens"]["none"]["24"]
     assert (workplace / "a.png").stat().st_size > 10_000
+    config = json.loads((workplace / "out/experiments/prefix-fewer/config.json").read_text())
+    assert (config["steps"], config["prefix_length_max"]) == (3, None)  # 4 * (1 - 16/2/32)
     assert prefix_lengths.main((tiny + "--prompts 0 30 --end 8").split()) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -229,4 +231,129 @@ def test_layers_end_to_end(network, workplace, capsys):
     assert all(len(row) == len(layers.LEVELS) for row in figures["ce"].values())
     assert (workplace / "a.png").stat().st_size > 10_000
     assert layers.main([*tiny, "--steps", "64", "--prefix", "fox"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# --- Guidance -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count, n", [(0, 32), (32, 32), (8, 32)])
+def test_a_share_is_never_known_exactly(count, n):
+    answers = torch.arange(n) < count
+    share, error = lab.share_and_error(answers)
+    assert share == count / n
+    assert 1 / n / 2 < error <= 0.5 / n**0.5
+    assert lab.share_and_error(answers.tolist()) == (share, error)
+
+
+def test_guidance_end_to_end(network, workplace, capsys):
+    old, modern = ("train", ["of olden times we spoke thus " * 20]), ("train", ["tonight my americans " * 20])
+    write_dataset(iter([old] * 6 + [modern] * 6 + [("val", [TEXT])]), "byte", workplace / "ages", "test")
+    folder = checkpoint(network, workplace / "model")
+    tiny = ["--checkpoint", folder, "--data-dir", "ages", "--picture", "a.png"]
+    few = "--num-samples 4 --length 24 --prefix ton --strengths 1 500 --fit-steps 40".split()
+    assert guidance.main([*tiny, *few]) == 0
+    figures = figures_of(capsys)
+    assert figures["real"] == {"old": 0, "modern": 1}
+    share = {(run["guidance"], run["strength"]): run["judged_modern"] for run in figures["runs"]}
+    assert share["towards modern", 500] > share["towards old", 500]
+    assert ("classifier-free", 1) in share and ("classifier-free", 500) not in share
+    assert (workplace / "a.png").stat().st_size > 10_000
+    assert guidance.main([*tiny, "--length", "5"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# --- Another domain -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line, verdict", [
+    ("x = 1", True), ("    return x + 1", True), ("if x:", True), ("else:", True), ("elif y > 2:", True),
+    ("except ValueError as error:", True), ("finally:", True), ("@property", True), ("class A(B):", True),
+    ("for x in range(3): print(x)", True), (r"re.match('\d', line)", True), ("async def f(self, x):", True),
+    ("x = = 1", False), ("if x", False), ("foo(a,", False), ("x = 1\ny = 2", False), ("else", False),
+    ("fellow citizens of the Senate", False), ("a\0b", False), ("(" * 300 + ")" * 300, False), ("", False),
+    ("f() pass:", False),
+])
+def test_what_parses(line, verdict):
+    assert domain.parses(line) == verdict
+
+
+def test_cut_lines_comments_and_short_ones_do_not_count():
+    text = "cut = off\n  whole = line\nx = 1\n\n# a comment of some length\nfoo(bar, = 2\nwhole = line\ncut"
+    assert domain.counted(text) == ["whole = line", "foo(bar, = 2", "whole = line"]
+    row = domain.judge([text, text])
+    assert (row["parse"], row["lines"], row["different"]) == (pytest.approx(4 / 6), 6, 1 / 4)
+
+
+SOURCE = "import sys\n\n\ndef function(argument):\n    value = argument + 1\n    return value * argument\n"
+
+
+def rows_of_source(n: int) -> torch.Tensor:
+    ids = get_tokenizer("byte").encode_ordinary(SOURCE)
+    return torch.tensor([ids[i : i + 64] for i in range(n)])
+
+
+def test_holes_lie_inside_lines_that_parse():
+    found = domain.holes(rows_of_source(20), 10)
+    assert len(found) == 10
+    for hole in found:
+        line = bytes(hole.row[hole.line].tolist()).decode()
+        assert line in SOURCE.split("\n") or "    " + line in SOURCE.split("\n")
+        assert domain.parses(line) and hole.line.start <= hole.hidden.start
+        assert hole.hidden.stop - hole.hidden.start == domain.HOLE and hole.hidden.stop <= hole.line.stop
+    assert len({hole.hidden.start - hole.line.start for hole in found}) > 3
+    with pytest.raises(domain.DataError, match="no line"):
+        domain.holes(torch.full((4, 64), 65), 10)
+
+
+def test_filled_holes_are_judged_by_the_line_they_are_in():
+    decode = get_tokenizer("byte").decode
+    real = domain.holes(rows_of_source(20), 8)
+    rows = torch.stack([hole.row for hole in real])
+    judged = domain.judge_filled(rows, real, decode)
+    assert (judged["filled"], judged["exact"]) == (1, 1)
+    for row, hole in zip(rows[:6], real[:6], strict=True):
+        row[hole.hidden] = ord("(")
+    rows[7, real[7].hidden] = ord("a")  # parses, but is not what was there: unless it is a keyword that went
+    judged = domain.judge_filled(rows, real, decode)
+    assert judged["exact"] == 1 / 8 and judged["filled"] in (1 / 8, 2 / 8)
+
+
+def test_only_the_holes_are_filled():
+    real = domain.holes(rows_of_source(20), 8)
+
+    class Writes7(Fixed):
+        config = types.SimpleNamespace(mask_id=257)
+
+    logits = torch.zeros(257)
+    logits[7] = 100
+    rows = domain.fill(Writes7(logits[None]), real, temperature=1.0)
+    for row, hole in zip(rows, real, strict=True):
+        assert (row[hole.hidden] == 7).all()
+        row[hole.hidden] = hole.row[hole.hidden]
+        assert torch.equal(row, hole.row)
+
+
+def test_domain_end_to_end(workplace, capsys):
+    torch.manual_seed(0)
+    start = checkpoint(Transformer(ModelConfig(257, 64, n_layer=2, n_head=2, n_embd=32)), workplace / "model")
+    (workplace / "source/test").mkdir(parents=True)
+    for i in range(12):
+        (workplace / f"source/{i}.py").write_text(SOURCE * 4)
+    (workplace / "source/test/left_out.py").write_text("no")
+    (workplace / "source/latin.py").write_bytes(b"x = '\xe4'")
+    (workplace / "tiny.toml").write_text(TINY.replace("context_length = 32", "context_length = 64"))
+    assert len(domain.source_files(workplace / "source")) == 12
+    tiny = (f"--checkpoint {start} --source source --config tiny.toml --picture a.png --steps 3 --rows 8 "
+            "--num-samples 2 --sampling-steps 4 --holes 4").split()
+    assert domain.main(tiny) == 0
+    figures = figures_of(capsys)
+    assert figures["lines"]["real text"]["parse"] == 1
+    assert figures["lines"]["its lines shuffled"]["parse"] < 0.5
+    assert len(figures["filled"]) == 2 + 3 * 3 and set(figures["nelbo"]) == {
+        "English only", "from scratch", "continued"}
+    config = json.loads((workplace / "out/experiments/python-continued/config.json").read_text())
+    assert config["init_from"] == start
+    assert (workplace / "a.png").stat().st_size > 10_000
+    assert domain.main(["--source", "nowhere", "--data-dir", "new", "--checkpoint", start]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
