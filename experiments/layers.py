@@ -118,11 +118,11 @@ def paint(axes, ce: Tensor, shares: Tensor, weights: Tensor, places: list[str], 
     """
     (losses, heat, profile), maps = axes
     for level, column in zip(LEVELS, ce.T, strict=True):
-        losses.plot(column, marker="o", label=f"{level:.0%}")
+        losses.plot(column.tolist(), marker="o", label=f"{level:.0%}")
     losses.set(title="Loss under the lens", ylabel="CE, nats per hidden token")
     losses.set_xticks(range(len(ce)), names_of(len(ce) - 1), rotation=30)
     losses.legend(title="hidden")
-    image = heat.imshow(shares * 100, aspect="auto", origin="lower", vmin=0, vmax=100,
+    image = heat.imshow(100 * shares.numpy(), aspect="auto", origin="lower", vmin=0,
                         extent=(0, 100, -0.5, len(shares) - 0.5))
     heat.set(title="Already decided, of what is still hidden", xlabel="steps done, %")
     heat.set_yticks(range(len(shares)), names_of(len(shares) - 1))
@@ -136,7 +136,7 @@ def paint(axes, ce: Tensor, shares: Tensor, weights: Tensor, places: list[str], 
     profile.legend()
     n = len(places)
     for axis, (name, (layer, head)) in zip(maps, chosen.items(), strict=True):
-        axis.imshow(weights[layer, head, :n, :n] ** 0.5, cmap="Greys")  # the root shows small weights too
+        axis.imshow(weights[layer, head, :n, :n].sqrt().numpy(), cmap="Greys")  # small weights show too
         axis.set(title=f"block {layer + 1}, head {head + 1}: {name}", xlabel=f"looked at ({HIDDEN} hidden)",
                  ylabel="looking")
         for ticks in (axis.set_xticks, axis.set_yticks):
@@ -146,13 +146,12 @@ def paint(axes, ce: Tensor, shares: Tensor, weights: Tensor, places: list[str], 
 def conclude(ce: Tensor, shares: Tensor) -> str:
     """The answer in words, from `loss_by_layer` and `decided`."""
     half, middle = LEVELS.index(0.5), shares.size(1) // 2
-    drops = -ce[:, half].diff()
-    most = int(drops.argmax())
+    drops = ", ".join(f"{drop:.2f}" for drop in -ce[:, half].diff())
     return (f"with half of the text hidden the embedding's own guess costs {ce[0, half]:.2f} nats per token, "
-            f"that of the last block {ce[-1, half]:.2f}; block {most + 1} takes off most of the difference, "
-            f"{drops[most]:.2f}. Of what is still hidden, the last block has decided {shares[-1, 0]:.0%} "
-            f"before the first step and {shares[-1, middle]:.0%} halfway, the block before it "
-            f"{shares[-2, 0]:.0%} and {shares[-2, middle]:.0%}")
+            f"that of the last block {ce[-1, half]:.2f}; the blocks take off {drops} in turn. Of what is still "
+            f"hidden, the last block has decided {shares[-1, 0]:.0%} before the first step and "
+            f"{shares[-1, middle]:.0%} halfway, the block before it {shares[-2, 0]:.0%} and "
+            f"{shares[-2, middle]:.0%}")
 
 
 @lab.command
