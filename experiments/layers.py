@@ -148,8 +148,8 @@ def conclude(ce: Tensor, shares: Tensor) -> str:
     half, middle = LEVELS.index(0.5), shares.size(1) // 2
     drops = ", ".join(f"{drop:.2f}" for drop in -ce[:, half].diff())
     return (f"with half of the text hidden the embedding's own guess costs {ce[0, half]:.2f} nats per token, "
-            f"that of the last block {ce[-1, half]:.2f}; the blocks take off {drops} in turn. Of what is still "
-            f"hidden, the last block has decided {shares[-1, 0]:.0%} before the first step and "
+            f"that of the last block {ce[-1, half]:.2f}; the blocks take off {drops} in turn. Of what is "
+            f"still hidden, the last block has decided {shares[-1, 0]:.0%} before the first step and "
             f"{shares[-1, middle]:.0%} halfway, the block before it {shares[-2, 0]:.0%} and "
             f"{shares[-2, middle]:.0%}")
 
