@@ -108,8 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--ratios", nargs="+", default=["bell", *(name for name in ALL if name != "bell")], choices=ALL,
         metavar="NAME", help=f"of {', '.join(ALL)}; the first is compared with (default: all, bell first)")
     add("--config", default="configs/quickstart.toml", help="(default: the quickstart's)")
-    add("--steps", type=int, default=200, help="of training, each (default: 200)")
-    add("--rows", type=int, default=512, help="windows of validation text (default: 512)")
+    add("--steps", type=lab.count, default=200, help="of training, each (default: 200)")
+    add("--rows", type=lab.count, default=512, help="windows of validation text (default: 512)")
     args = parser.parse_args(arguments)
 
     pairs, curves, hidden = {}, {}, {}

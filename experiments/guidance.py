@@ -182,20 +182,20 @@ def conclude(results: list[dict]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = lab.flags("guidance", __doc__)
     add = parser.add_argument
-    add("--num-samples", type=int, default=48, help="texts of each kind (default: 48)")
-    add("--length", type=int, default=128, help="tokens of a text (default: 128)")
+    add("--num-samples", type=lab.count, default=48, help="texts of each kind (default: 48)")
+    add("--length", type=lab.count, default=128, help="tokens of a text (default: 128)")
     add("--prefix", default="Tonight, my fellow Americans, our economy ", help="to be strengthened")
     add("--strengths", type=float, nargs="+", default=[1, 3, 10], help="(default: 1 3 10)")
-    add("--fit-steps", type=int, default=300, help="of training for each classifier (default: 300)")
+    add("--fit-steps", type=lab.count, default=300, help="of training for each classifier (default: 300)")
     args = parser.parse_args(arguments)
     model, info = load_checkpoint(args.checkpoint)
     train = TokenFile(args.data_dir, "train")
     streams = [old_and_modern(train, part) for part in (0, 1)]
     mask_id, tokenizer = model.config.mask_id, get_tokenizer(info["tokenizer"])
     prefix = tokenizer.encode_ordinary(args.prefix)
-    if not len(prefix) < args.length <= model.config.context_length or args.num_samples < 1:
+    if not len(prefix) < args.length <= model.config.context_length:
         raise ConfigError(f"--length must be more than the prefix's {len(prefix)} tokens and at most "
-                          f"{model.config.context_length}, not {args.length}; --num-samples at least 1")
+                          f"{model.config.context_length}, not {args.length}")
     vocabulary = set(words(tokenizer.decode(train.tokens.tolist())))
 
     guide, judge = BagOfTokens(mask_id), BagOfTokens(mask_id)

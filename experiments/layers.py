@@ -158,9 +158,9 @@ def conclude(ce: Tensor, shares: Tensor) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = lab.flags("layers", __doc__)
     add = parser.add_argument
-    add("--rows", type=int, default=64, help="windows of validation text for the losses (default: 64)")
-    add("--num-samples", type=int, default=8, help="texts to write (default: 8)")
-    add("--steps", type=int, default=64, help="to write them in (default: 64)")
+    add("--rows", type=lab.count, default=64, help="windows of validation text for the losses (default: 64)")
+    add("--num-samples", type=lab.count, default=8, help="texts to write (default: 8)")
+    add("--steps", type=lab.count, default=64, help="to write them in (default: 64)")
     add("--prefix", default="The state of the Union is ", help="given text that they begin with")
     args = parser.parse_args(arguments)
     model, info = load_checkpoint(args.checkpoint)
@@ -168,9 +168,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError(f"{args.checkpoint} is autoregressive: it has no hidden places to fill")
     tokenizer, mask_id = get_tokenizer(info["tokenizer"]), model.config.mask_id
     T, L, prefix = model.config.context_length, model.config.n_layer, tokenizer.encode_ordinary(args.prefix)
-    if not (args.num_samples >= 1 and 2 <= args.steps <= T - len(prefix)):
-        raise ConfigError(f"--steps must be from 2 to the {T - len(prefix)} places behind the prefix, and "
-                          "--num-samples at least 1")
+    if not 2 <= args.steps <= T - len(prefix):
+        raise ConfigError(f"--steps must be from 2 to the {T - len(prefix)} places behind the prefix, not "
+                          f"{args.steps}")
     x_0 = lab.rows_of(args.data_dir, args.rows, T)
 
     ce = loss_by_layer(model, x_0)

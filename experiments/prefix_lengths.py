@@ -89,16 +89,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = lab.flags("prefix_lengths", __doc__)
     add = parser.add_argument
     add("--config", default="configs/quickstart.toml", help="(default: the quickstart's)")
-    add("--steps", type=int, default=200, help="of training (default: 200)")
-    add("--fixed", type=int, default=32, help="the fixed prefix, tokens (default: 32)")
-    add("--longest", type=int, default=128, help="the longest drawn prefix (default: 128)")
+    add("--steps", type=lab.count, default=200, help="of training (default: 200)")
+    add("--fixed", type=lab.count, default=32, help="the fixed prefix, tokens (default: 32)")
+    add("--longest", type=lab.count, default=128, help="the longest drawn prefix (default: 128)")
     add("--prompts", type=int, nargs="+", default=[0, 16, 32, 64, 128, 192], help="lengths to measure at")
-    add("--end", type=int, default=64, help="tokens at the end of a row that are always scored (default: 64)")
-    add("--rows", type=int, default=384, help="windows of validation text (default: 384)")
+    add("--end", type=lab.count, default=64, help="last tokens of a row, always scored (default: 64)")
+    add("--rows", type=lab.count, default=384, help="windows of validation text (default: 384)")
     args = parser.parse_args(arguments)
 
     T = load(TrainConfig, args.config).context_length
-    if min(args.prompts) < 0 or args.end < 1 or max(args.prompts) + args.end > T:
+    if min(args.prompts) < 0 or max(args.prompts) + args.end > T:
         raise ConfigError(f"prompts of {min(args.prompts)} to {max(args.prompts)} tokens and the last "
                           f"{args.end} do not fit rows of {T} tokens: change --prompts or --end")
     x_0 = lab.rows_of(args.data_dir, args.rows, T)
