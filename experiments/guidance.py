@@ -145,19 +145,19 @@ def paint(axis, results: list[dict], real: dict[str, float]) -> None:
     lines = {"classifier, towards modern": ("none", "towards modern"),
              "classifier, towards old": ("none", "towards old"),
              "classifier-free, by a prefix": ("the prefix alone", "classifier-free")}
+    strengths = sorted({row["strength"] for row in results})
     for label, members in lines.items():
         line = [row for row in results if row["guidance"] in members]
-        axis.errorbar([row["strength"] for row in line], [100 * row["judged_modern"] for row in line],
-                      [100 * row["stderr"] for row in line], marker="o", capsize=3, label=label)
+        places, shares, errors = zip(*((strengths.index(row["strength"]), 100 * row["judged_modern"],
+                                        100 * row["stderr"]) for row in line), strict=True)
+        axis.errorbar(places, shares, errors, marker="o", capsize=3, label=label)
     for name, share in real.items():
         axis.axhline(100 * share, color="grey", linestyle=":")
-        axis.annotate(f"real {name} text", (1, 100 * share), xycoords=("axes fraction", "data"), ha="right",
-                      xytext=(-4, 3), textcoords="offset points", color="grey")
+        axis.annotate(f"real {name} text", (0, 100 * share), xycoords=("axes fraction", "data"),
+                      xytext=(4, 3), textcoords="offset points", color="grey")
     axis.set(title="Steering towards an age", xlabel="strength of the guidance", ylim=(-5, 105),
              ylabel="judged modern, % of the samples")
-    axis.set_xscale("symlog", linthresh=1)
-    axis.set_xticks(ticks := sorted({row["strength"] for row in results}), [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
+    axis.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
     axis.figure.legend(loc="outside lower center", ncols=2)
 
 
