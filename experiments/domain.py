@@ -10,8 +10,9 @@ is a statement by itself, or the head of a block ("if x:", "else:"); empty lines
 than 8 characters do not count, nor the first and last line of a sample, which are cut.
 
     parse      share of the lines of samples that parse, with its standard error
-    different  share of different ones among the lines that parse: a model may repeat one that does
-    filled     8 bytes inside a real line that parses are hidden and written anew: share that parse again
+    lines      how many there were to judge: a sampler may write none, but spaces
+    different  share of different ones among the lines that parse: it may repeat one that does
+    filled     4 bytes inside a real line that parses are hidden and written anew: share that parse again
     exact      share of these holes in which the very bytes of the real text were written
 
 Real text, its characters in random order and bytes drawn by their frequency say what a figure is worth.
@@ -38,14 +39,14 @@ from prepare_data import DataError, get_tokenizer
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 SAMPLERS = {
     "random, temperature 1": dict(order="random", temperature=1.0),
-    "the quickstart's": dict(order="confidence", gumbel=1.0, remask="renoise", temperature=0.5),
     "random, temperature 0.7": dict(order="random", temperature=0.7),
     "random, temperature 0.5": dict(order="random", temperature=0.5),
-    "margin + renoise, 0.5": dict(order="margin", remask="renoise", temperature=0.5),
+    "random + renoise, temperature 0.7": dict(order="random", remask="renoise", temperature=0.7),
+    "the quickstart's": dict(order="confidence", gumbel=1.0, remask="renoise", temperature=0.5),
 }
 SHORT = list(SAMPLERS)[:2]  # for the other model
 CHANCE = ("real text", "its lines shuffled", "bytes by frequency", "its bytes shuffled")
-HOLE = 8  # bytes
+HOLE = 4  # bytes
 
 
 def source_files(folder: Path) -> list[Path]:
@@ -88,10 +89,12 @@ def counted(text: str) -> list[str]:
 def judge(texts: list[str]) -> dict[str, float]:
     """What the first table says of samples."""
     lines = [line for text in texts for line in counted(text)]
-    good = [line for line in lines if parses(line)]
-    share, error = lab.share_and_error([parses(line) for line in lines])
+    verdicts = [parses(line) for line in lines]
+    good = [line for line, verdict in zip(lines, verdicts, strict=True) if verdict]
+    share, error = lab.share_and_error(verdicts)
     different = len({*good}) / max(1, len(good))
-    return {"parse": share, "stderr": error, "lines": len(lines), "different": different}
+    example = min(good, key=lambda line: abs(len(line) - 20), default="")
+    return {"parse": share, "stderr": error, "lines": len(lines), "different": different, "example": example}
 
 
 class Hole(NamedTuple):
@@ -181,11 +184,15 @@ def paint(axes, lines: dict[str, dict], filled: dict[str, dict]) -> None:
     """Left the share of lines that parse; right what was written into holes, exact ones in a darker shade."""
     for axis, rows, value in zip(axes, (lines, filled), ("parse", "filled"), strict=True):
         names = list(rows)
-        shares, errors = ([100 * row[key] for row in rows.values()] for key in (value, "stderr"))
+        shares = [100 * row[value] for row in rows.values()]
+        errors = [100 * row["stderr"] * (row.get("lines", 1) > 0) for row in rows.values()]
         colors = ["silver" if name in CHANCE else "tab:blue" for name in names]
         axis.barh(names, shares, xerr=errors, capsize=3, color=colors)
         axis.invert_yaxis()
         axis.set_xlim(0, 100)
+        for i, row in enumerate(rows.values()):
+            if not row.get("lines", 1):
+                axis.annotate("no lines", (2, i), va="center", color="grey")
     left, right = axes
     right.barh(list(filled), [100 * row["exact"] for row in filled.values()], height=0.3, color="black",
                label="exactly the real bytes")
@@ -213,14 +220,14 @@ def conclude(bounds: dict[str, float], lines: dict[str, dict], filled: dict[str,
 
 def line_table(models: dict[str, Transformer], x_0: Tensor, samples: int, steps: int, decode) -> dict:
     """Print and return what `judge` says of real rows, of chance, and of samples by model and sampler."""
-    print(f"\n{'lines of':36} {'parse':>12} {'lines':>6} {'different':>10}   one of them")
+    print(f"\n{'lines of':44} {'parse':>12} {'lines':>6} {'different':>10}   one that parses")
     table = {}
 
     def report(name: str, texts: list[str]) -> None:
         table[name] = row = judge(texts)
-        example = next((line for text in texts for line in counted(text)), "")
-        print(f"{name:36} {row['parse']:5.0%} +- {row['stderr']:3.0%} {row['lines']:6} "
-              f"{row['different']:10.0%}   {example[:40]!r}", flush=True)
+        share = f"{row['parse']:5.0%} +- {row['stderr']:3.0%}" if row["lines"] else "    no lines"
+        print(f"{name:44} {share} {row['lines']:6} {row['different']:10.0%}   {row['example'][:40]!r}",
+              flush=True)
 
     for name, texts in baselines(x_0, decode).items():
         report(name, texts)

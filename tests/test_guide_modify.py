@@ -283,6 +283,7 @@ def test_cut_lines_comments_and_short_ones_do_not_count():
     assert domain.counted(text) == ["whole = line", "foo(bar, = 2", "whole = line"]
     row = domain.judge([text, text])
     assert (row["parse"], row["lines"], row["different"]) == (pytest.approx(4 / 6), 6, 1 / 4)
+    assert row["example"] == "whole = line" and domain.judge(["", "\n"])["lines"] == 0
 
 
 SOURCE = "import sys\n\n\ndef function(argument):\n    value = argument + 1\n    return value * argument\n"
