@@ -81,7 +81,7 @@ def paint(axes, curves: dict[str, Tensor], base: str) -> None:
 def conclude(pairs: dict[str, Tensor], curves: dict[str, Tensor], base: str) -> str:
     """The answer in words, from `lab.pair_nelbos` and `by_level` of each distribution."""
     best = min(pairs, key=lambda name: pairs[name].mean())
-    tied = [name for name in pairs if name != best and clearly(pairs[name] - pairs[best]) == 0]
+    tied = [name for name in pairs if name != best and not differ(pairs[name], pairs[best])]
     text = f"{best} has the lowest NELBO, {pairs[best].mean():.3f} nats/token"
     text += f", but {' and '.join(tied)} cannot be told from it" if tied else ""
     for name in (name for name in CUSTOM if name in pairs and name != base):
@@ -92,10 +92,10 @@ def conclude(pairs: dict[str, Tensor], curves: dict[str, Tensor], base: str) -> 
     return text
 
 
-def clearly(differences: Tensor) -> int:
-    """-1 or 1 where the mean is below or above 0 by more than two standard errors, otherwise 0."""
-    mean, error = mean_and_error(differences)
-    return (mean > 2 * error) - (mean < -2 * error)
+def differ(a: Tensor, b: Tensor) -> bool:
+    """Whether the mean of the differences is more than two standard errors from 0."""
+    mean, error = mean_and_error(a - b)
+    return abs(mean) > 2 * error
 
 
 @lab.command

@@ -24,6 +24,7 @@ import re
 import sys
 import sysconfig
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from experiments import lab
 from model import Transformer, load_checkpoint
 from prepare_data import DataError, get_tokenizer
 
+Decode = Callable[[list[int]], str]
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 SAMPLERS = {
     "random, temperature 1": dict(order="random", temperature=1.0),
@@ -86,7 +88,7 @@ def counted(text: str) -> list[str]:
     return [line for line in lines if len(line) >= 8 and not line.startswith("#")]
 
 
-def judge(texts: list[str]) -> dict[str, float]:
+def judge(texts: list[str]) -> dict:
     """What the first table says of samples."""
     lines = [line for text in texts for line in counted(text)]
     verdicts = [parses(line) for line in lines]
@@ -121,8 +123,7 @@ def holes(x_0: Tensor, most: int) -> list[Hole]:
     return found
 
 
-
-def judge_filled(filled: Tensor, real: list[Hole], decode) -> dict[str, float]:
+def judge_filled(filled: Tensor, real: list[Hole], decode: Decode) -> dict[str, float]:
     """What the second table says of rows (n,T) whose holes were filled."""
     good = [parses(decode(row[hole.line].tolist())) for row, hole in zip(filled, real, strict=True)]
     exact = [torch.equal(row, hole.row) for row, hole in zip(filled, real, strict=True)]
@@ -140,7 +141,7 @@ def prepared(source: Path, folder: str) -> str:
     return folder
 
 
-def baselines(x_0: Tensor, decode) -> dict[str, list[str]]:
+def baselines(x_0: Tensor, decode: Decode) -> dict[str, list[str]]:
     """Real rows, the same with the characters of each line in random order, and bytes by frequency."""
     chance, generator = random.Random(0), torch.Generator().manual_seed(0)
     texts = [decode(row) for row in x_0.tolist()]
@@ -151,7 +152,7 @@ def baselines(x_0: Tensor, decode) -> dict[str, list[str]]:
             "bytes by frequency": [decode(row) for row in drawn.tolist()]}
 
 
-def write(model: Transformer, samples: int, steps: int, decode, options: dict) -> list[str]:
+def write(model: Transformer, samples: int, steps: int, decode: Decode, options: dict) -> list[str]:
     """So many texts of the context's length, from nothing."""
     x = torch.full((samples, model.config.context_length), model.config.mask_id)
     with lab.autocast():
@@ -181,7 +182,7 @@ def fill_by_chance(real: list[Hole]) -> dict[str, Tensor]:
 
 
 def paint(axes, lines: dict[str, dict], filled: dict[str, dict]) -> None:
-    """Left the share of lines that parse; right what was written into holes, exact ones in a darker shade."""
+    """Left the share of lines that parse; right of lines whose hole was filled, exact ones black."""
     for axis, rows, value in zip(axes, (lines, filled), ("parse", "filled"), strict=True):
         names = list(rows)
         shares = [100 * row[value] for row in rows.values()]
@@ -218,7 +219,8 @@ def conclude(bounds: dict[str, float], lines: dict[str, dict], filled: dict[str,
             f"English {holes_of['English only']}.")
 
 
-def line_table(models: dict[str, Transformer], x_0: Tensor, samples: int, steps: int, decode) -> dict:
+def line_table(models: dict[str, Transformer], x_0: Tensor, samples: int, steps: int,
+               decode: Decode) -> dict:
     """Print and return what `judge` says of real rows, of chance, and of samples by model and sampler."""
     print(f"\n{'lines of':44} {'parse':>12} {'lines':>6} {'different':>10}   one that parses")
     table = {}
@@ -238,7 +240,7 @@ def line_table(models: dict[str, Transformer], x_0: Tensor, samples: int, steps:
     return table
 
 
-def hole_table(models: dict[str, Transformer], real: list[Hole], decode) -> dict:
+def hole_table(models: dict[str, Transformer], real: list[Hole], decode: Decode) -> dict:
     """Print and return what `judge_filled` says of holes filled by chance, and by model and temperature."""
     print(f"\n{f'{len(real)} holes of {HOLE} bytes, filled by':36} {'filled':>12} {'exact':>12}")
     table = {}
