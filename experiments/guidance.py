@@ -1,4 +1,4 @@
-"""Steer what is written: python -m experiments.guidance --checkpoint out/quickstart --data-dir data/sotu
+"""Can one steer what is written? python -m experiments.guidance --checkpoint out/quickstart
 
 Two uses of the `adjust` hook of diffusion.denoise:
 
@@ -6,12 +6,12 @@ Two uses of the `adjust` hook of diffusion.denoise:
     classifier_free_guidance   no classifier: what the prefix makes likelier is made likelier still
 
 The experiment trains two small classifiers to tell old State of the Union messages (the first third) from
-modern ones (the last third), on different documents. One guides; the other judges what was written.
+modern ones (the last third), on different documents. One guides; the other judges what was written:
+
+    judged modern   share of the samples, the prefix left out, and its standard error
+    words           share of their words that occur in the training text: what steering costs
 """
 
-import argparse
-import json
-import sys
 import time
 
 import numpy as np
@@ -19,8 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.words import share_known, words
+from configs import ConfigError
 from diffusion import Adjust, Model, draw_mask, generate
-from model import CheckpointError, load_checkpoint
+from experiments import lab
+from model import load_checkpoint
 from prepare_data import DataError, TokenFile, get_tokenizer
 
 
@@ -122,64 +125,112 @@ def old_and_modern(file: TokenFile, part: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.concatenate(old)), torch.from_numpy(np.concatenate(modern))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="experiments.guidance", description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", default="out/quickstart")
-    parser.add_argument("--data-dir", default="data/sotu")
-    parser.add_argument("--num-samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--prefix", default="Tonight, my fellow Americans, our economy ")
-    args = parser.parse_args()
-    try:
-        model, info = load_checkpoint(args.checkpoint)
-        train = TokenFile(args.data_dir, "train")
-        streams = [old_and_modern(train, part) for part in (0, 1)]
-    except (CheckpointError, DataError) as error:
-        print(f"experiments.guidance: {error}", file=sys.stderr)
-        return 2
+def plans(model: Model, guide: BagOfTokens, x: Tensor, begun: Tensor, mask_id: int,
+          strengths: list[float]) -> list[tuple[str, float, Tensor, Adjust | None]]:
+    """(guidance, strength, the text to fill, its `adjust`); x is all hidden, `begun` has the prefix."""
+    found = [("none", 0.0, x, None)]
+    for name, sign in (("towards modern", 1), ("towards old", -1)):
+        for strength in strengths:
+            adjust = classifier_guidance(lambda rows, sign=sign: F.logsigmoid(sign * guide(rows)), strength)
+            found.append((name, strength, x, adjust))
+    found.append(("the prefix alone", 0.0, begun, None))
+    for strength in strengths[:-1]:
+        adjust = classifier_free_guidance(model, begun != mask_id, mask_id, strength)
+        found.append(("classifier-free", strength, begun, adjust))
+    return found
+
+
+def paint(axis, results: list[dict], real: dict[str, float]) -> None:
+    """The share judged modern by strength, with what the judge says of real text."""
+    lines = {"classifier, towards modern": ("none", "towards modern"),
+             "classifier, towards old": ("none", "towards old"),
+             "classifier-free, by a prefix": ("the prefix alone", "classifier-free")}
+    strengths = sorted({row["strength"] for row in results})
+    for label, members in lines.items():
+        line = [row for row in results if row["guidance"] in members]
+        places, shares, errors = zip(*((strengths.index(row["strength"]), 100 * row["judged_modern"],
+                                        100 * row["stderr"]) for row in line), strict=True)
+        axis.errorbar(places, shares, errors, marker="o", capsize=3, label=label)
+    for name, share in real.items():
+        axis.axhline(100 * share, color="grey", linestyle=":")
+        axis.annotate(f"real {name} text", (0, 100 * share), xycoords=("axes fraction", "data"),
+                      xytext=(4, 3), textcoords="offset points", color="grey")
+    axis.set(title="Steering towards an age", xlabel="strength of the guidance", ylim=(-5, 105),
+             ylabel="judged modern, % of the samples")
+    axis.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
+    axis.figure.legend(loc="outside lower center", ncols=2)
+
+
+def conclude(results: list[dict]) -> str:
+    """The answer in words: what guidance of every kind makes of the share judged modern, and of the words."""
+    def said(row: dict) -> str:
+        return f"{row['judged_modern']:.0%} +- {row['stderr']:.0%}"
+
+    by_kind = {row["guidance"]: row for row in results}  # the last of each kind: the strongest
+    none, modern, old = (by_kind[name] for name in ("none", "towards modern", "towards old"))
+    alone, free = by_kind["the prefix alone"], by_kind.get("classifier-free", by_kind["the prefix alone"])
+    moved = abs(free["judged_modern"] - alone["judged_modern"]) > 2 * (
+        free["stderr"] ** 2 + alone["stderr"] ** 2) ** 0.5
+    return (f"guided by a classifier at strength {modern['strength']:g}, the share of texts judged modern "
+            f"goes from {said(none)} to {said(modern)}, or to {said(old)} when asked for old ones, and the "
+            f"share of known words from {none['words']:.0%} to {modern['words']:.0%} and {old['words']:.0%}. "
+            f"Strengthening a prefix {'moves it' if moved else 'changes nothing this judge would notice'}: "
+            f"{said(alone)} with the prefix alone, {said(free)} at strength {free['strength']:g}.")
+
+
+@lab.command
+def main(arguments: list[str] | None = None) -> None:
+    parser = lab.flags("guidance", __doc__)
+    add = parser.add_argument
+    add("--num-samples", type=lab.count, default=48, help="texts of each kind (default: 48)")
+    add("--length", type=lab.count, default=128, help="tokens of a text (default: 128)")
+    add("--prefix", default="Tonight, my fellow Americans, our economy ", help="to be strengthened")
+    add("--strengths", type=float, nargs="+", default=[1, 3, 10], help="(default: 1 3 10)")
+    add("--fit-steps", type=lab.count, default=300, help="of training for each classifier (default: 300)")
+    args = parser.parse_args(arguments)
+    model, info = load_checkpoint(args.checkpoint)
+    train = TokenFile(args.data_dir, "train")
+    streams = [old_and_modern(train, part) for part in (0, 1)]
     mask_id, tokenizer = model.config.mask_id, get_tokenizer(info["tokenizer"])
     prefix = tokenizer.encode_ordinary(args.prefix)
     if not len(prefix) < args.length <= model.config.context_length:
-        parser.error(f"--length must be more than the prefix's {len(prefix)} tokens and at most "
-                     f"{model.config.context_length}, not {args.length}")
+        raise ConfigError(f"--length must be more than the prefix's {len(prefix)} tokens and at most "
+                          f"{model.config.context_length}, not {args.length}")
+    vocabulary = set(words(tokenizer.decode(train.tokens.tolist())))
+
     guide, judge = BagOfTokens(mask_id), BagOfTokens(mask_id)
     for name, classifier, own, other in (("guide", guide, *streams), ("judge", judge, *streams[::-1])):
-        classifier.fit(own)
+        classifier.fit(own, args.fit_steps)
         print(f"the {name} is right about {classifier.accuracy(other):.0%} of partly hidden windows of "
-              "documents it was not trained on")
+              "documents it was not trained on", flush=True)
+    for classifier in (guide, judge):
+        classifier.requires_grad_(False)
+    L = args.length - len(prefix)  # as much as is judged of a sample; of documents new to the judge
+    real = {name: (judge(stream[: len(stream) // L * L].view(-1, L)[:1000]) > 0).float().mean().item()
+            for name, stream in zip(("old", "modern"), streams[0], strict=True)}
+    print(f"of real text it judges modern: {real['old']:.0%} of old, {real['modern']:.0%} of modern windows")
 
-    free = torch.full((args.num_samples, args.length), mask_id)
-    begun = free.clone()
+    x = torch.full((args.num_samples, args.length), mask_id)
+    begun = x.clone()
     begun[:, : len(prefix)] = torch.tensor(prefix)
-    runs: list[tuple[str, float, Tensor, Adjust | None]] = [("none", 0, free, None)]
-    for strength in (1, 3, 10):
-        for name, sign in (("modern", 1), ("old", -1)):
-            adjust = classifier_guidance(lambda x, sign=sign: F.logsigmoid(sign * guide(x)), strength)
-            runs.append((f"classifier, towards {name}", strength, free, adjust))
-    runs.append(("a prefix alone", 0, begun, None))
-    for strength in (1, 3):
-        adjust = classifier_free_guidance(model, begun != mask_id, mask_id, strength)
-        runs.append(("classifier-free, by the prefix", strength, begun, adjust))
-
     results = []
-    print(f"\n{'guidance':32} {'strength':>8} {'judged modern':>14} {'seconds':>8}   a sample")
-    for name, strength, x, adjust in runs:
+    print(f"\n{'guidance':18} {'strength':>8} {'judged modern':>14} {'words':>6} {'seconds':>8}   a sample")
+    for name, strength, start, adjust in plans(model, guide, x, begun, mask_id, args.strengths):
         started = time.perf_counter()
-        written = generate(model, x, mask_id, steps=args.length, temperature=0.8, adjust=adjust,
-                           generator=torch.Generator().manual_seed(1))
-        seconds = time.perf_counter() - started
-        with torch.no_grad():
-            modern = (judge(written[:, len(prefix) :]) > 0).float().mean().item()  # without the prefix
-        sample = tokenizer.decode(written[0].tolist())
-        print(f"{name:32} {strength:8} {modern:14.0%} {seconds:8.1f}   {sample[:60]!r}", flush=True)
-        results.append({"guidance": name, "strength": strength, "judged_modern": modern, "seconds": seconds})
-    share = {(row["guidance"], row["strength"]): row["judged_modern"] for row in results}
-    print("\nGuided by a classifier at strength 3, the share of texts judged modern goes from "
-          f"{share['none', 0]:.0%} to {share['classifier, towards modern', 3]:.0%}, or to "
-          f"{share['classifier, towards old', 3]:.0%} when asked for old ones.")
-    print(json.dumps(results))
-    return 0
+        with lab.autocast():
+            written = generate(model, start, mask_id, steps=args.length, temperature=0.8, adjust=adjust,
+                               generator=torch.Generator().manual_seed(1))
+        seconds, behind = time.perf_counter() - started, written[:, len(prefix) :]
+        modern, error = lab.share_and_error(judge(behind) > 0)
+        known, _ = share_known("\n".join(map(tokenizer.decode, behind.tolist())), vocabulary)
+        sample = tokenizer.decode(behind[0].tolist())
+        print(f"{name:18} {strength:8g} {modern:7.0%} +- {error:4.0%} {known:6.0%} {seconds:8.1f}   "
+              f"{sample[:50]!r}", flush=True)
+        results.append({"guidance": name, "strength": strength, "judged_modern": modern, "stderr": error,
+                        "words": known, "seconds": round(seconds, 1)})
+    lab.draw(args.picture, lambda axis: paint(axis, results, real), width=7, height=5)
+    lab.answer(conclude(results), {"real": real, "runs": results})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,17 +6,22 @@ An experiment trains what it needs in out/experiments/, where a second run finds
 (in out/experiments/NAME.png by default), and ends with the answer in a sentence and a JSON line.
 """
 
+import argparse
 import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from configs import ConfigError, Parser
-from model import CheckpointError
-from prepare_data import DataError
+from diffusion import Model, draw_mask, draw_num_masked, keyed_generator, row_losses
+from model import CheckpointError, choose_dtype
+from prepare_data import DataError, TokenFile
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 OUT = Path("out/experiments")
@@ -43,24 +48,34 @@ def command(main: Callable) -> Callable[..., int]:
 def flags(name: str, doc: str) -> Parser:
     """A parser with what all experiments take; `doc` is the module's, whose first line is the question."""
     parser = Parser(prog=f"experiments.{name}", description=doc.split("\n")[0])
-    parser.add_argument("--checkpoint", default="out/quickstart", help="(default: out/quickstart)")
-    parser.add_argument("--data-dir", default="data/sotu", help="(default: data/sotu)")
+    parser.add_argument("--checkpoint", default="out/quickstart", help="(default: %(default)s)")
+    parser.add_argument("--data-dir", default="data/sotu", help="(default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=OUT / f"{name}.png", help="the PNG to draw")
     return parser
 
 
-def trained(name: str, *settings: str, config: str = "configs/quickstart.toml") -> Path:
+def count(text: str) -> int:
+    """The type of a flag that counts something: 1 or more."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def trained(name: str, *settings: str, config: str = "configs/quickstart.toml",
+            program: tuple[str | Path, ...] = (TRAIN,)) -> Path:
     """The folder of a finished run of train.py: found in out/experiments/NAME, continued, or trained now.
 
     settings: flags of train.py. If it fails, it has said why, and we end with its exit code; a run of this
     name with other settings is such a failure: delete its folder to train anew.
+    program: what Python runs, if not train.py itself: a module of ours that calls train.main in its turn.
     """
     folder = OUT / name
     resume = ["--resume"] if (folder / "state.pt").exists() else []
-    print(f"$ python train.py {' '.join([config, *settings])} --out-dir {folder}", flush=True)
+    shown = " ".join("train.py" if word == TRAIN else str(word) for word in program)
+    print(f"$ python {shown} {' '.join([config, *settings])} --out-dir {folder}", flush=True)
     large_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # faster on Linux, see bench/NOTES.md
-    result = subprocess.run([sys.executable, TRAIN, config, *settings, "--out-dir", folder, *resume],
-                            env=large_pages | os.environ)
+    result = subprocess.run([sys.executable, *program, config, *settings, "--out-dir", folder, *resume],
+                            env=large_pages | os.environ | {"PYTHONPATH": str(TRAIN.parent)})
     if result.returncode:
         sys.exit(result.returncode)
     return folder
@@ -70,6 +85,42 @@ def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
     """(lines of training, evaluations) of a run's log.jsonl."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "nats" in line]
+
+
+def autocast() -> torch.autocast:
+    """Matrix products in bfloat16 where the CPU has them: sampling and measuring take half the time."""
+    return torch.autocast("cpu", torch.bfloat16, choose_dtype("auto", torch.device("cpu")) == torch.bfloat16)
+
+
+def rows_of(data_dir: str, rows: int, length: int) -> Tensor:
+    """(rows or fewer, length) int64: windows of validation text, always the same ones, an even number."""
+    x_0 = torch.from_numpy(TokenFile(data_dir, "val").spread(rows, length))
+    if len(x_0) < 2:
+        raise DataError(f"{data_dir} has too little validation text to measure on: prepare more")
+    return x_0[: len(x_0) // 2 * 2]
+
+
+@torch.no_grad()
+def pair_nelbos(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0, seed: int = 0) -> Tensor:
+    """(B/2,) float64: what `diffusion.nelbo` is the mean of, an antithetic pair of rows each; B even.
+
+    Models are asked the same questions, so their difference, taken pair by pair, is known far better than
+    the NELBO of either.
+    """
+    B, T = x_0.shape
+    generator = keyed_generator(seed, 0, "nelbo")
+    num_masked = draw_num_masked(B, T - prefix_length, generator)
+    mask = draw_mask(num_masked, T, prefix_length, generator)
+    by_row = row_losses(model, x_0.masked_fill(mask, mask_id), x_0, mask, batch_size=32)
+    return by_row.view(-1, 2).mean(1)
+
+
+def share_and_error(yes: Sequence[bool] | Tensor) -> tuple[float, float]:
+    """The share of True in n answers and its standard error, as if one more of each had been seen: 0 of 32
+    is not known to be none at all."""
+    n, count = len(yes), int(sum(yes))
+    p = (count + 1) / (n + 2)
+    return count / max(1, n), (p * (1 - p) / max(1, n)) ** 0.5
 
 
 def draw(path: Path, paint: Callable, columns: int = 1, rows: int = 1, width: float = 5.0,

@@ -1,0 +1,212 @@
+"""What does each layer know? python -m experiments.layers --checkpoint out/quickstart --data-dir data/sotu
+
+Every block of the network adds to one running sum, and the head turns the sum after the last block into
+logits. The *logit lens* applies the head earlier: to the embedding, and after each block. Three tables:
+
+    CE by layer   cross-entropy of the hidden tokens of validation text, in nats, by layer and share hidden
+    decided       while the model writes (confidence order, a prefix given): of the places still hidden at a
+                  step, the share where the lens's first choice is what will finally be written there
+    attention     softmax(q k' / sqrt(D)), which the network's fused kernel never shows: how much weight each
+                  head puts on hidden places (half of the text is hidden), on the place itself, on its
+                  neighbours at a distance of 1 or 2, and how many places away it looks on average
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs import ConfigError
+from diffusion import denoise, draw_mask, keyed_generator
+from experiments import lab
+from model import Attention, Transformer, load_checkpoint, norm, rotate
+from prepare_data import get_tokenizer
+
+HIDDEN = "\N{LIGHT SHADE}"
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+
+
+def states(model: Transformer, tokens: Tensor) -> list[Tensor]:
+    """The running sum, (B,T,C), as it enters each block, and as it leaves the last one."""
+    rotary, x = model.rotary[:, : tokens.size(1)], norm(model.embedding(tokens))
+    found = [x]
+    for block in model.blocks:
+        x = block(x, rotary)
+        found.append(x)
+    return found
+
+
+@torch.no_grad()
+def lens(model: Transformer, tokens: Tensor, positions: Tensor) -> Tensor:
+    """(L+1,P,V): the logits at flat `positions` if the head came after the embedding, block 1, ... L."""
+    table = model.embedding.weight[: model.config.vocab_size]
+    return torch.stack([F.linear(norm(x.flatten(0, 1)[positions]), table) for x in states(model, tokens)])
+
+
+def attention_weights(attention: Attention, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights (B,H,T,T), v (B,H,T,D)) of `attention(x, rotary)`, which is proj(weights @ v)."""
+    (B, T, C), H = x.shape, attention.n_head
+    q, k, v = attention.qkv(x).view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (B,H,T,D) each
+    scores = rotate(norm(q), rotary) @ rotate(norm(k), rotary).mT / (C // H) ** 0.5
+    if attention.causal:
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+    return scores.softmax(-1), v
+
+
+@torch.no_grad()
+def all_attention(model: Transformer, tokens: Tensor) -> Tensor:
+    """(L,B,H,T,T): who looks at whom, in every layer and head; row = the place that looks."""
+    rotary = model.rotary[:, : tokens.size(1)]
+    return torch.stack([attention_weights(block.attention, norm(x), rotary)[0]
+                        for block, x in zip(model.blocks, states(model, tokens), strict=False)])
+
+
+def loss_by_layer(model: Transformer, x_0: Tensor) -> Tensor:
+    """(L+1, levels): CE of the hidden tokens under the lens."""
+    mask_id, columns = model.config.mask_id, []
+    for level in LEVELS:
+        m = torch.full((len(x_0),), max(1, round(level * x_0.size(1))))
+        mask = draw_mask(m, x_0.size(1), 0, keyed_generator(0, int(m[0]), "layers"))
+        positions = mask.flatten().nonzero().squeeze(1)
+        with lab.autocast():
+            logits = lens(model, x_0.masked_fill(mask, mask_id), positions).float()
+        targets = x_0.flatten()[positions]
+        columns.append(torch.stack([F.cross_entropy(layer, targets) for layer in logits]))
+    return torch.stack(columns, dim=1)
+
+
+def decided(model: Transformer, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Write into x (B,T) in `steps` steps: the share (L+1, steps) of the places hidden before a step where
+    the lens's first choice is what will be written, and the final tokens (B,T)."""
+    mask_id = model.config.mask_id
+    generator = torch.Generator().manual_seed(1)
+    with lab.autocast():
+        *before, last = denoise(model, x, mask_id, steps, order="confidence", gumbel=1.0, temperature=0.7,
+                                generator=generator)
+        shares = []
+        for state in before:
+            positions = (state.tokens == mask_id).flatten().nonzero().squeeze(1)
+            first_choice = lens(model, state.tokens, positions).argmax(-1)  # (L+1,P)
+            shares.append((first_choice == last.tokens.flatten()[positions]).float().mean(1))
+    return torch.stack(shares, dim=1), last.tokens
+
+
+def look(weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Habits of attention (L,B,H,T,T), means over rows and places, (L,H) each; mask (B,T): what is hidden."""
+    T = mask.size(1)
+    distance = (torch.arange(T)[:, None] - torch.arange(T)).abs()
+    near = (distance == 1) | (distance == 2)
+    found = {"hidden": weights * mask[:, None, None, :], "itself": weights * (distance == 0),
+             "neighbours": weights * near, "distance": weights * distance}
+    return {name: value.sum(-1).mean((1, 3)) for name, value in found.items()}
+
+
+def show(text: str) -> str:
+    """A token as a tick label."""
+    return text if text.isprintable() and text.strip() else "\N{MIDDLE DOT}"
+
+
+def names_of(L: int) -> list[str]:
+    return ["embedding", *(f"block {i}" for i in range(1, L + 1))]
+
+
+def paint(axes, ce: Tensor, shares: Tensor, weights: Tensor, places: list[str], chosen: dict) -> None:
+    """Above: CE by layer, what is decided when, weight by distance. Below: maps of the `chosen` heads.
+
+    weights: (L,H,T,T) of one row; places: what stands at its first places, as many as the maps show.
+    """
+    (losses, heat, profile), maps = axes
+    for level, column in zip(LEVELS, ce.T, strict=True):
+        losses.plot(column.tolist(), marker="o", label=f"{level:.0%}")
+    losses.set(title="Loss under the lens", ylabel="CE, nats per hidden token")
+    losses.set_xticks(range(len(ce)), names_of(len(ce) - 1), rotation=30)
+    losses.legend(title="hidden")
+    image = heat.imshow(100 * shares.numpy(), aspect="auto", origin="lower", vmin=0,
+                        extent=(0, 100, -0.5, len(shares) - 0.5))
+    heat.set(title="Already decided, of what is still hidden", xlabel="steps done, %")
+    heat.set_yticks(range(len(shares)), names_of(len(shares) - 1))
+    heat.figure.colorbar(image, ax=heat, label="% of the final tokens")
+    T = weights.size(-1)
+    reach = range(-min(12, T - 1), min(12, T - 1) + 1)
+    for layer, head in dict.fromkeys(chosen.values()):
+        by_offset = [weights[layer, head].diagonal(offset).mean().item() * 100 for offset in reach]
+        profile.plot(reach, by_offset, marker=".", label=f"block {layer + 1}, head {head + 1}")
+    profile.set(title="Where these heads look", xlabel="places to the right", ylabel="mean weight, %")
+    profile.legend()
+    n = len(places)
+    for axis, (name, (layer, head)) in zip(maps, chosen.items(), strict=True):
+        axis.imshow(weights[layer, head, :n, :n].sqrt().numpy(), cmap="Greys")  # small weights show too
+        axis.set(title=f"block {layer + 1}, head {head + 1}: {name}", xlabel=f"looked at ({HIDDEN} hidden)",
+                 ylabel="looking")
+        for ticks in (axis.set_xticks, axis.set_yticks):
+            ticks(range(n), places, family="DejaVu Sans Mono", fontsize=7)
+
+
+def conclude(ce: Tensor, shares: Tensor) -> str:
+    """The answer in words, from `loss_by_layer` and `decided`."""
+    half, middle = LEVELS.index(0.5), shares.size(1) // 2
+    drops = ", ".join(f"{drop:.2f}" for drop in -ce[:, half].diff())
+    return (f"with half of the text hidden the embedding's own guess costs {ce[0, half]:.2f} nats per token, "
+            f"that of the last block {ce[-1, half]:.2f}; the blocks take off {drops} in turn. Of what is "
+            f"still hidden, the last block has decided {shares[-1, 0]:.0%} before the first step and "
+            f"{shares[-1, middle]:.0%} halfway, the block before it {shares[-2, 0]:.0%} and "
+            f"{shares[-2, middle]:.0%}")
+
+
+@lab.command
+def main(arguments: list[str] | None = None) -> None:
+    parser = lab.flags("layers", __doc__)
+    add = parser.add_argument
+    add("--rows", type=lab.count, default=64, help="windows of validation text for the losses (default: 64)")
+    add("--num-samples", type=lab.count, default=8, help="texts to write (default: 8)")
+    add("--steps", type=lab.count, default=64, help="to write them in (default: 64)")
+    add("--prefix", default="The state of the Union is ", help="given text that they begin with")
+    args = parser.parse_args(arguments)
+    model, info = load_checkpoint(args.checkpoint)
+    if model.config.causal:
+        raise ConfigError(f"{args.checkpoint} is autoregressive: it has no hidden places to fill")
+    tokenizer, mask_id = get_tokenizer(info["tokenizer"]), model.config.mask_id
+    T, L, prefix = model.config.context_length, model.config.n_layer, tokenizer.encode_ordinary(args.prefix)
+    if not 2 <= args.steps <= T - len(prefix):
+        raise ConfigError(f"--steps must be from 2 to the {T - len(prefix)} places behind the prefix, not "
+                          f"{args.steps}")
+    x_0 = lab.rows_of(args.data_dir, args.rows, T)
+
+    ce = loss_by_layer(model, x_0)
+    print(f"{'CE by layer, share hidden':28}" + "".join(f"{level:>8.0%}" for level in LEVELS))
+    for name, row in zip(names_of(L), ce, strict=True):
+        print(f"{name:28}" + "".join(f"{nats:8.3f}" for nats in row))
+
+    x = torch.full((args.num_samples, T), mask_id)
+    x[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
+    shares, written = decided(model, x, args.steps)
+    quarters = [round(k * (shares.size(1) - 1) / 4) for k in range(5)]
+    print(f"\n{'decided, before step':28}" + "".join(f"{step + 1:8}" for step in quarters))
+    for name, row in zip(names_of(L), shares, strict=True):
+        print(f"{name:28}" + "".join(f"{row[step]:8.0%}" for step in quarters))
+    print(f"a sample: {tokenizer.decode(written[0].tolist())[:80]!r}")
+
+    mask = draw_mask(torch.full((min(16, len(x_0)),), T // 2), T, 0, keyed_generator(0, 0, "attention"))
+    seen = x_0[: len(mask)].masked_fill(mask, mask_id)
+    weights = all_attention(model, seen)
+    habits = look(weights, mask)
+    print(f"\n{'attention':28}" + "".join(f"{name:>12}" for name in habits))
+    for layer, head in itertools.product(range(L), range(model.config.n_head)):
+        *share, distance = (value[layer, head] for value in habits.values())
+        print(f"block {layer + 1}, head {head + 1:<13}" + "".join(f"{s:12.0%}" for s in share)
+              + f"{distance:12.1f}")
+
+    chosen = {label: divmod(int(habits[name].argmax()), model.config.n_head) for label, name in (
+        ("most on neighbours", "neighbours"), ("looks farthest", "distance"), ("most on hidden", "hidden"))}
+    places = [HIDDEN if token == mask_id else show(tokenizer.decode([token]))
+              for token in seen[0, :40].tolist()]
+    lab.draw(args.picture, lambda axes: paint(axes, ce, shares, weights[:, 0], places, chosen), columns=3,
+             rows=2, width=5.5, height=5)
+    lab.answer(conclude(ce, shares) + ".", {
+        "ce": dict(zip(names_of(L), ce.tolist(), strict=True)), "levels": LEVELS, "steps": quarters,
+        "decided": shares[:, quarters].tolist(), "attention": {k: v.tolist() for k, v in habits.items()}})
+
+
+if __name__ == "__main__":
+    main()
