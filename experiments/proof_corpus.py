@@ -18,6 +18,7 @@ Writes the text into out/experiments/proof-corpus/data, trains a small network o
 and last the NELBO, which has every m alike. The picture has the NELBO over the training.
 """
 
+import sys
 from bisect import bisect
 from pathlib import Path
 
@@ -126,37 +127,82 @@ def compare(exact: Model, model: Model, x_0: Tensor, mask_id: int, num_masked: T
     return [known.mean().item(), learned.mean().item(), *mean_and_error(learned - known)]
 
 
+def gap_by_level(exact: Model, model: Model, x_0: Tensor, mask_id: int) -> dict[str, list[float]]:
+    """What `compare` says of one hidden token, of each tenth of them, and of the mean of all, the NELBO."""
+    R, T = x_0.shape
+    counts = sorted({1, *(max(1, round(T * i / 10)) for i in range(1, 11))})
+    levels = {str(m): torch.full((R,), m) for m in counts}
+    levels["NELBO"] = draw_num_masked(R, T, keyed_generator(0, 0, "levels"))
+    print(f"\n{'m of ' + str(T):>8}{'exact':>9}{'trained':>9}{'gap':>10}")
+    table = {}
+    for level, num_masked in levels.items():
+        known, learned, gap, error = table[level] = compare(exact, model, x_0, mask_id, num_masked)
+        print(f"{level:>8}{known:9.4f}{learned:9.4f}{gap:+10.4f} +- {error:.4f}", flush=True)
+    return table
+
+
+def paint(panels, H: float, unigram: float, seconds: list[float], nats: list[float], gaps: list[float],
+          table: dict[str, list[float]]) -> None:
+    """The NELBO over the training and the entropy it bounds; the gap between the two; CE(m) of both."""
+    left, middle, right = panels
+    left.plot(seconds, nats, marker=".", label="the network's NELBO")
+    left.axhline(unigram, color="grey", linestyle=":", label=f"knows the frequencies only: {unigram:.3f}")
+    left.axhline(H, color="black", linestyle="--", label=f"the exact entropy: {H:.3f}")
+    left.set(title="The bound and what it bounds", ylabel="nats per token", xlabel="training, s")
+    middle.plot(seconds, [100 * gap / H for gap in gaps], marker=".")
+    middle.axhline(1, color="black", linestyle="--")
+    middle.set(title="The gap is the network's error", ylabel="gap, % of the entropy", yscale="log",
+               xlabel="training, s")
+    levels = [level for level in table if level != "NELBO"]
+    counts = [int(level) for level in levels]
+    right.plot(counts, [table[level][0] for level in levels], color="black", label="exact denoiser")
+    right.plot(counts, [table[level][1] for level in levels], ".", markersize=9, label="the network")
+    right.set(title="The loss by mask level", ylabel="CE(m), nats per hidden token",
+              xlabel=f"m, hidden of {counts[-1]} tokens")
+    for panel in (left, right):
+        panel.legend()
+
+
 @command
 def main(arguments: list[str] | None = None) -> None:
     parser = flags("proof_corpus", __doc__)
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="of training text")
-    parser.add_argument("--rows", type=int, default=2048, help="of the table")
-    args, settings = parser.parse_known_args(arguments)
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="of training text (default: 2 million)")
+    parser.add_argument("--rows", type=int, default=2048, help="of validation text (default: 2048)")
+    args, settings = parser.parse_known_args(arguments)  # what else is given goes to train.py
 
     chain, data_dir = make_chain(len(LETTERS), seed=0), OUT / "proof-corpus/data"
     write_corpus(chain, data_dir, args.tokens)
     folder = trained("proof-corpus/run", "--data-dir", str(data_dir), *SETTINGS, *settings)
-    model, info = load_checkpoint(folder)
+    model, _ = load_checkpoint(folder)
     mask_id, T = model.config.mask_id, model.config.context_length
     exact = exact_denoiser(chain, [*LETTERS.encode(), get_tokenizer("byte").eot_token], mask_id)
-    H = exact_entropy(chain, T)
+    H, unigram = exact_entropy(chain, T), exact_entropy(chain, 1)
 
-    val = TokenFile(data_dir, "val")
+    # The run's own evaluations, and the exact denoiser's answers to the questions they asked.
+    val, points = TokenFile(data_dir, "val"), read_run(folder).points
+    reference = {rows: nelbo(exact, torch.from_numpy(val.spread(rows, T)), mask_id, batch_size=128).nats
+                 for rows in {point.rows for point in points}}
+    gaps = [point.nats - reference[point.rows] for point in points]
+    print(f"\n{'step':>8}{'seconds':>9}{'NELBO':>9}{'gap':>10}")
+    for point, gap in zip(points, gaps, strict=True):
+        print(f"{point.step:8}{point.seconds:9.1f}{point.nats:9.4f}{gap:+10.4f} = {gap / H:.1%}")
+
     x_0 = torch.from_numpy(val.spread(args.rows, T))
+    table = gap_by_level(exact, model, x_0, mask_id)
     bound = nelbo(exact, x_0, mask_id, batch_size=128)
-    print(f"H {H:.4f}, exact {bound.nats:.4f} +- {bound.stderr:.4f}")
-    points = read_run(folder).points
-    ref = nelbo(exact, torch.from_numpy(val.spread(points[-1].rows, T)), mask_id).nats
-    for p in points:
-        print(p.step, round(p.seconds, 1), round(p.nats, 4), f"{(p.nats - ref) / H:.2%}")
-    R = len(x_0)
-    for m in (1, *(round(T * i / 10) for i in range(1, 11))):
-        print(m, [round(v, 4) for v in compare(exact, model, x_0, mask_id, torch.full((R,), m))])
-    a = compare(exact, model, x_0, mask_id, draw_num_masked(R, T, keyed_generator(0, 0, "levels")))
-    print("NELBO", a, f"{a[2] / H:.2%} +- {a[3] / H:.2%}")
+    print(f"\nthe entropy of {T} tokens in a row is {H:.4f} nats per token ({unigram:.4f} for one alone)\n"
+          f"the exact denoiser's NELBO is {bound.nats:.4f} +- {bound.stderr:.4f}, "
+          f"{(bound.nats - H) / bound.stderr:+.1f} standard errors off")
+    draw(args.picture, lambda panels: paint(panels, H, unigram, [point.seconds for point in points],
+                                            [point.nats for point in points], gaps, table), columns=3)
+    *_, gap, error = table["NELBO"]
+    reached = [point.seconds for point, its in zip(points, gaps, strict=True) if its <= 0.01 * H]
+    answer(f"after {points[-1].seconds:.0f} s of training the NELBO is {gap / H:.2%} +- {error / H:.2%} above "
+           "the exact entropy, all of it the network's error; "
+           + (f"within 1% it was after {reached[0]:.0f} s." if reached else "it was never within 1%."),
+           {"entropy": H, "unigram": unigram, "exact": [bound.nats, bound.stderr], "table": table,
+            "points": [point._asdict() for point in points], "gaps": gaps})
 
 
 if __name__ == "__main__":
-    import sys
-
     sys.exit(main())
