@@ -169,6 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=2_000_000, help="of training text (default: 2 million)")
     parser.add_argument("--rows", type=int, default=2048, help="of validation text (default: 2048)")
     args, settings = parser.parse_known_args(arguments)  # what else is given goes to train.py
+    if args.tokens < 5 or args.rows < 2:
+        parser.error("--tokens must be at least 5, --rows at least 2")
 
     chain, data_dir = make_chain(len(LETTERS), seed=0), OUT / "proof-corpus/data"
     write_corpus(chain, data_dir, args.tokens)
@@ -197,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
                                             [point.nats for point in points], gaps, table), columns=3)
     *_, gap, error = table["NELBO"]
     reached = [point.seconds for point, its in zip(points, gaps, strict=True) if its <= 0.01 * H]
-    answer(f"after {points[-1].seconds:.0f} s of training the NELBO is {gap / H:.2%} +- {error / H:.2%} above "
+    answer(f"after {points[-1].seconds:.0f} s of training the NELBO is {gap / H:.2%} +- {error / H:.2%} over "
            "the exact entropy, all of it the network's error; "
            + (f"within 1% it was after {reached[0]:.0f} s." if reached else "it was never within 1%."),
            {"entropy": H, "unigram": unigram, "exact": [bound.nats, bound.stderr], "table": table,

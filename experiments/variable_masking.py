@@ -87,8 +87,8 @@ def conclude(bounds: dict[str, Bound], rows: dict[str, dict], unigram: float) ->
     best = min(rows, key=lambda name: rows[name]["nelbo"])
     own = ours["ce"]["15%"] - bert["ce"]["15%"]
     answer(
-        f"the lowest NELBO, {rows[best]['nelbo']:.2f} nats per token, has the network that learned at {best}. "
-        f"The one that learned at 15% only has {bert['nelbo']:.2f}: with everything hidden it is "
+        f"the lowest NELBO, {rows[best]['nelbo']:.2f} nats per token, has the network that learned at "
+        f"{best}; the one that learned at 15% only has {bert['nelbo']:.2f}: with everything hidden it is "
         f"{bert['ce']['100%'] - unigram:.2f} nats above the unigram entropy (all levels: "
         f"{ours['ce']['100%'] - unigram:.2f}), and {bert['words']:.0%} of the words that it writes are words "
         f"(all levels: {ours['words']:.0%}). At 15% hidden it is "
@@ -104,6 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-samples", type=int, default=8, help="texts that each writes (default: 8)")
     parser.add_argument("--sampling-steps", type=int, default=128, help="model calls for them (default: 128)")
     args, settings = parser.parse_known_args(arguments)  # what else is given goes to train.py
+    if args.rows < 2 or min(args.num_samples, args.sampling_steps) < 1:
+        parser.error("--rows must be at least 2, --num-samples and --sampling-steps at least 1")
 
     train, val = TokenFile(args.data_dir, "train"), TokenFile(args.data_dir, "val")
     networks = train_all(args.data_dir, args.steps, settings)

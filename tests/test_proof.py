@@ -195,7 +195,8 @@ def test_variable_masking_runs_from_end_to_end(here, capsys):
 
 
 @pytest.mark.parametrize("script, arguments, message", [
-    (proof_corpus, ["--tokens=0"], "no text for the train split"),
+    (proof_corpus, ["--tokens=0"], "--tokens must be at least 5"),
+    (variable_masking, ["--num-samples=0"], "--num-samples and --sampling-steps at least 1"),
     (proof_corpus, ["--tokens=many"], "invalid int value: 'many'"),
     (variable_masking, ["--data-dir=nowhere"], "run prepare_data.py"),
 ])
@@ -213,8 +214,8 @@ def test_a_mistake_gets_one_line(script, arguments, message, here, capsys):
 
 @pytest.mark.slow
 def test_training_comes_near_the_entropy_and_never_below(here, capsys):
-    assert proof_corpus.main(["--tokens=500000", "--compile=false", "--n-layer=2", "--n-head=2", "--n-embd=64",
-                              "--context-length=32", "--batch-size=32", "--steps=600"]) == 0
+    assert proof_corpus.main(["--tokens=500000", "--compile=false", "--n-layer=2", "--n-head=2",
+                              "--n-embd=64", "--context-length=32", "--steps=600"]) == 0
     result = last_line(capsys)
     H, (*_, learned, gap, error) = result["entropy"], result["table"]["NELBO"]
     nats, stderr = result["exact"]
