@@ -10,16 +10,18 @@ and the exact answer to "what is hidden here?" is known too: `exact_denoiser` co
 model(tokens, positions), so that everything in diffusion.py takes it for a network. For it NELBO = H. For any
 other model the NELBO is larger, by that model's error and nothing else.
 
-Writes the text into out/experiments/proof-corpus/data, trains a small network on it with train.py, and prints
+Writes the text into out/experiments/proof-corpus, trains a small network on it with train.py, and its
+autoregressive twin, whose negative log-likelihood (NLL) is no bound but exact, and prints
 
-    exact, trained   CE(m) of the exact denoiser and of the network, on the same rows with the same masks
-    gap              their difference, which is free of the luck of these rows, and its standard error
-
-and last the NELBO, which has every m alike. The picture has the NELBO over the training.
+    NELBO, NLL       during the training, on 512 rows of validation text
+    gap              minus what the exact denoiser has, or the chain itself, on the same rows with the same
+                     masks: free of the luck of these rows, and so the network's error alone
+    exact, trained   CE(m) of the exact denoiser and of the network, and last the NELBO, the mean over all m
 """
 
 import sys
 from bisect import bisect
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +35,8 @@ from model import load_checkpoint
 from prepare_data import TokenFile, get_tokenizer, write_dataset
 
 LETTERS = "abcdefgh"
-SETTINGS = ("--context-length 64 --batch-size 32 --n-layer 3 --n-head 4 --n-embd 128 --steps 1500 "
-            "--eval-interval 100 --eval-rows 512 --final-eval-rows 512").split()
+SETTINGS = ("--context-length 64 --batch-size 32 --n-layer 3 --n-head 4 --n-embd 128 --steps 800 "
+            "--eval-interval 50 --eval-rows 512 --final-eval-rows 512").split()
 
 
 # --- The source ------------------------------------------------------------------------------------
@@ -111,6 +113,13 @@ def exact_denoiser(chain: Tensor, ids: list[int], vocab_size: int) -> Model:
     return model
 
 
+def exact_nll(chain: Tensor, ids: list[int], x_0: Tensor) -> float:
+    """-log p(x_0) / T by the chain itself, the mean over the rows of x_0 (R,T), in nats per token."""
+    states = (x_0[..., None] == torch.tensor(ids)).int().argmax(-1)
+    p = torch.cat([stationary(chain)[states[:, :1]], chain[states[:, :-1], states[:, 1:]]], 1)
+    return -p.log().mean().item()
+
+
 def normalized(p: Tensor) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
@@ -141,25 +150,42 @@ def gap_by_level(exact: Model, model: Model, x_0: Tensor, mask_id: int) -> dict[
     return table
 
 
-def paint(panels, H: float, unigram: float, seconds: list[float], nats: list[float], gaps: list[float],
+def over_training(folder: Path, reference: Callable[[Tensor], float], val: TokenFile, T: int,
+                  H: float, name: str) -> list[dict]:
+    """The evaluations of a run: {"step", "seconds", "nats", "gap"} each, also printed. `reference` says what
+    the best possible network has on the same rows."""
+    run, rows = [], {}
+    print(f"\n{'step':>8}{'seconds':>9}{name:>9}{'gap':>10}")
+    for point in read_run(folder).points:
+        if point.rows not in rows:
+            rows[point.rows] = reference(torch.from_numpy(val.spread(point.rows, T)))
+        gap = point.nats - rows[point.rows]
+        run.append({"step": point.step, "seconds": point.seconds, "nats": point.nats, "gap": gap})
+        print(f"{point.step:8}{point.seconds:9.1f}{point.nats:9.4f}{gap:+10.4f} {gap / H:8.2%} of H")
+    return run
+
+
+def paint(panels, H: float, unigram: float, runs: dict[str, list[dict]],
           table: dict[str, list[float]]) -> None:
-    """The NELBO over the training and the entropy it bounds; the gap between the two; CE(m) of both."""
+    """NELBO and NLL over the training and the entropy they bound; their gaps; CE(m)."""
     left, middle, right = panels
-    left.plot(seconds, nats, marker=".", label="the network's NELBO")
-    left.axhline(unigram, color="grey", linestyle=":", label=f"knows the frequencies only: {unigram:.3f}")
-    left.axhline(H, color="black", linestyle="--", label=f"the exact entropy: {H:.3f}")
-    left.set(title="The bound and what it bounds", ylabel="nats per token", xlabel="training, s")
-    middle.plot(seconds, [100 * gap / H for gap in gaps], marker=".")
-    middle.axhline(1, color="black", linestyle="--")
+    for name, run in runs.items():
+        seconds = [point["seconds"] for point in run]
+        left.plot(seconds, [point["nats"] for point in run], marker=".", label=name)
+        middle.plot(seconds, [100 * point["gap"] / H for point in run], marker=".", label=name)
+    left.axhline(unigram, color="grey", linestyle=":", label=f"entropy of a token alone, {unigram:.3f}")
+    left.axhline(H, color="black", linestyle="--", label=f"exact entropy, {H:.3f}")
+    left.set(title="The bound and what it bounds", ylabel="nats per token", xlabel="seconds of training")
+    middle.axhline(1, color="black", linestyle="--", label="1%")
     middle.set(title="The gap is the network's error", ylabel="gap, % of the entropy", yscale="log",
-               xlabel="training, s")
+               xlabel="seconds of training")
     levels = [level for level in table if level != "NELBO"]
     counts = [int(level) for level in levels]
-    right.plot(counts, [table[level][0] for level in levels], color="black", label="exact denoiser")
+    right.plot(counts, [table[level][0] for level in levels], color="black", label="the exact denoiser")
     right.plot(counts, [table[level][1] for level in levels], ".", markersize=9, label="the network")
     right.set(title="The loss by mask level", ylabel="CE(m), nats per hidden token",
               xlabel=f"m, hidden of {counts[-1]} tokens")
-    for panel in (left, right):
+    for panel in panels:
         panel.legend()
 
 
@@ -174,36 +200,35 @@ def main(arguments: list[str] | None = None) -> None:
 
     chain, data_dir = make_chain(len(LETTERS), seed=0), OUT / "proof-corpus/data"
     write_corpus(chain, data_dir, args.tokens)
-    folder = trained("proof-corpus/run", "--data-dir", str(data_dir), *SETTINGS, *settings)
+    settings = ["--data-dir", str(data_dir), *SETTINGS, *settings]
+    folder = trained("proof-corpus/run", *settings)
+    twin = trained("proof-corpus/twin", *settings, "--objective", "autoregressive")
     model, _ = load_checkpoint(folder)
     mask_id, T = model.config.mask_id, model.config.context_length
-    exact = exact_denoiser(chain, [*LETTERS.encode(), get_tokenizer("byte").eot_token], mask_id)
+    ids = [*LETTERS.encode(), get_tokenizer("byte").eot_token]
+    exact = exact_denoiser(chain, ids, mask_id)
     H, unigram = exact_entropy(chain, T), exact_entropy(chain, 1)
 
-    # The run's own evaluations, and the exact denoiser's answers to the questions they asked.
-    val, points = TokenFile(data_dir, "val"), read_run(folder).points
-    reference = {rows: nelbo(exact, torch.from_numpy(val.spread(rows, T)), mask_id, batch_size=128).nats
-                 for rows in {point.rows for point in points}}
-    gaps = [point.nats - reference[point.rows] for point in points]
-    print(f"\n{'step':>8}{'seconds':>9}{'NELBO':>9}{'gap':>10}")
-    for point, gap in zip(points, gaps, strict=True):
-        print(f"{point.step:8}{point.seconds:9.1f}{point.nats:9.4f}{gap:+10.4f} = {gap / H:.1%}")
-
+    val = TokenFile(data_dir, "val")
+    ours = over_training(folder, lambda x: nelbo(exact, x, mask_id).nats, val, T, H, "NELBO")
+    other = over_training(twin, lambda x: exact_nll(chain, ids, x), val, T, H, "NLL")
+    runs = {"NELBO": ours, "the twin's NLL": other}
     x_0 = torch.from_numpy(val.spread(args.rows, T))
     table = gap_by_level(exact, model, x_0, mask_id)
     bound = nelbo(exact, x_0, mask_id, batch_size=128)
     print(f"\nthe entropy of {T} tokens in a row is {H:.4f} nats per token ({unigram:.4f} for one alone)\n"
           f"the exact denoiser's NELBO is {bound.nats:.4f} +- {bound.stderr:.4f}, "
           f"{(bound.nats - H) / bound.stderr:+.1f} standard errors off")
-    draw(args.picture, lambda panels: paint(panels, H, unigram, [point.seconds for point in points],
-                                            [point.nats for point in points], gaps, table), columns=3)
+
+    draw(args.picture, lambda panels: paint(panels, H, unigram, runs, table), columns=3)
     *_, gap, error = table["NELBO"]
-    reached = [point.seconds for point, its in zip(points, gaps, strict=True) if its <= 0.01 * H]
-    answer(f"after {points[-1].seconds:.0f} s of training the NELBO is {gap / H:.2%} +- {error / H:.2%} over "
-           "the exact entropy, all of it the network's error; "
-           + (f"within 1% it was after {reached[0]:.0f} s." if reached else "it was never within 1%."),
+    within = [point["seconds"] for point in ours if point["gap"] <= 0.01 * H]
+    answer(f"after {ours[-1]['seconds']:.0f} s of training the NELBO is {gap / H:.2%} +- {error / H:.2%} over "
+           "the exact entropy, all of it the network's error; it was "
+           + (f"within 1% after {within[0]:.0f} s. " if within else "never within 1%. ")
+           + f"The autoregressive twin's NLL is {other[-1]['gap'] / H:.2%} over.",
            {"entropy": H, "unigram": unigram, "exact": [bound.nats, bound.stderr], "table": table,
-            "points": [point._asdict() for point in points], "gaps": gaps})
+            "runs": runs})
 
 
 if __name__ == "__main__":
