@@ -223,8 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
     draw(args.picture, lambda panels: paint(panels, H, unigram, runs, table), columns=3)
     *_, gap, error = table["NELBO"]
     within = [point["seconds"] for point in ours if point["gap"] <= 0.01 * H]
-    answer(f"after {ours[-1]['seconds']:.0f} s of training the NELBO is {gap / H:.2%} +- {error / H:.2%} over "
-           "the exact entropy, all of it the network's error; it was "
+    answer(f"after {ours[-1]['seconds']:.0f} s of training the NELBO is {gap / H:.2%} +- {error / H:.2%} "
+           "over the exact entropy, all of it the network's error; it was "
            + (f"within 1% after {within[0]:.0f} s. " if within else "never within 1%. ")
            + f"The autoregressive twin's NLL is {other[-1]['gap'] / H:.2%} over.",
            {"entropy": H, "unigram": unigram, "exact": [bound.nats, bound.stderr], "table": table,
