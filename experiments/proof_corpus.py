@@ -65,8 +65,8 @@ def exact_entropy(chain: Tensor, T: int) -> float:
 
 def draw_states(chain: Tensor, length: int, seed: int) -> list[int]:
     """A walk through the chain, as if a text had just ended."""
-    sums, last = chain.cumsum(1)[:, :-1].tolist(), len(chain) - 1
-    states, state = [], last
+    sums = chain.cumsum(1)[:, :-1].tolist()
+    state, states = len(chain) - 1, []
     for u in np.random.default_rng(seed).random(length):
         state = bisect(sums[state], u)
         states.append(state)
@@ -74,7 +74,7 @@ def draw_states(chain: Tensor, length: int, seed: int) -> list[int]:
 
 
 def write_corpus(chain: Tensor, folder: Path, tokens: int) -> None:
-    """train.bin with about so many tokens, val.bin with a fifth of them."""
+    """train.bin with so many tokens, val.bin with a fifth of them, and one more at the end of each."""
     def texts(split: str, length: int, seed: int):
         walk = "".join((LETTERS + "\n")[state] for state in draw_states(chain, length, seed))
         return ((split, [text]) for text in walk.split("\n"))
@@ -92,11 +92,11 @@ def exact_denoiser(chain: Tensor, ids: list[int], vocab_size: int) -> Model:
     right another, and the answer is their product. A message is the one before, times the evidence of the
     place it passes (what is visible there; nothing, if hidden), times A: so d hidden places are A^d.
     """
-    ids, pi, mask_id = torch.tensor(ids), stationary(chain), vocab_size
+    states, pi, mask_id = torch.tensor(ids), stationary(chain), vocab_size
 
     def model(tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         seen = tokens[..., None]
-        evidence = ((seen == ids) | (seen == mask_id)).double()  # (B,T,S)
+        evidence = ((seen == states) | (seen == mask_id)).double()  # (B,T,S)
         from_left, from_right = torch.empty_like(evidence), torch.empty_like(evidence)
         message = pi.expand(len(tokens), -1)
         for t in range(tokens.size(1)):
@@ -107,7 +107,7 @@ def exact_denoiser(chain: Tensor, ids: list[int], vocab_size: int) -> Model:
             from_right[:, t] = message
             message = normalized(message * evidence[:, t]) @ chain.T
         log_p = torch.full((*tokens.shape, vocab_size), -torch.inf)
-        log_p[..., ids] = normalized(from_left * from_right).log().float()
+        log_p[..., states] = normalized(from_left * from_right).log().float()
         return log_p if positions is None else log_p.flatten(0, 1)[positions]
 
     return model
