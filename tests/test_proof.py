@@ -33,7 +33,7 @@ TINY = ("--compile=false --n-layer=1 --n-head=1 --n-embd=16 --context-length=16 
 
 def joint(T: int) -> torch.Tensor:
     """(S,)*T: the probability of every text of T tokens, multiplied out."""
-    texts = torch.cartesian_prod(*[torch.arange(S)] * T)
+    texts = torch.cartesian_prod(*[torch.arange(S)] * T).view(-1, T)
     p = stationary(CHAIN)[texts[:, 0]]
     for t in range(1, T):
         p = p * CHAIN[texts[:, t - 1], texts[:, t]]
