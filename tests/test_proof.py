@@ -151,9 +151,9 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def prepare_prose(folder: Path) -> str:
-    """A corpus of English that is always there, our own: every tenth paragraph is for validation, and is
+    """A corpus that is always there, our own prose and code: every tenth paragraph is for validation, and is
     returned. ASCII only: the pictures made of blocks are another language."""
-    paths = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("bench/*.md"))]
+    paths = sorted(path for kind in ("*.md", "*.py", "*/*.md", "*/*.py") for path in ROOT.glob(kind))
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
     paragraphs = text.encode("ascii", "ignore").decode().split("\n\n")
     val = "\n\n".join(paragraphs[9::10])
@@ -243,7 +243,7 @@ def test_training_comes_near_the_entropy_and_never_below(here, capsys):
 def test_a_network_that_learned_at_one_level_does_not_know_the_others(here, capsys):
     prepare_prose(here / "data")
     assert variable_masking.main(["--data-dir=data", "--compile=false", "--n-layer=2", "--n-head=2",
-                                  "--n-embd=64", "--context-length=128", "--steps=300", "--rows=168",
+                                  "--n-embd=64", "--context-length=128", "--steps=300", "--rows=336",
                                   "--num-samples=2", "--sampling-steps=16"]) == 0
     result = last_line(capsys)
     rows, unigram = result["rows"], result["unigram"]
