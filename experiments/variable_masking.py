@@ -1,0 +1,144 @@
+"""Why hide a different share each time? python -m experiments.variable_masking
+
+Four networks, the same but for how much of a row was hidden while they learned:
+
+    15%           always 15% of the tokens: BERT's objective (mlm)
+    50%           always half of them
+    ten levels    10%, 20% .. 100%, by turns
+    all levels    any number from one token to all: this repository's default
+
+All see the same rows in the same order for the same number of steps. The table says, in nats per token of
+validation text (lower is better),
+
+    NELBO         the mean of CE(m) over all m: what a text costs when it is written token by token
+    CE at ...     the loss when that share is hidden: columns of the curve in the picture
+    words         share of the words written from nothing that occur in the training text
+    entropy       of a row's own tokens, of what is written and of real text
+
+When everything is hidden all places look the same, and the best answer is how often each token occurs: no
+network has a CE below the unigram entropy there. Writing from nothing begins at that level and passes through
+all others, so a network must know them all: the one it knows worst spoils the text.
+"""
+
+import sys
+
+import tiktoken
+import torch
+from torch import Tensor
+
+from bench.words import share_known, words
+from diffusion import Bound, generate, nelbo
+from experiments.lab import answer, command, draw, flags, trained
+from model import Transformer, choose_dtype, load_checkpoint
+from prepare_data import TokenFile, get_tokenizer
+
+RUNS = {
+    "15%": ("--objective", "mlm", "--mlm-ratio", "0.15"),
+    "50%": ("--objective", "mlm", "--mlm-ratio", "0.5"),
+    "ten levels": ("--mask-levels", "10"),
+    "all levels": (),
+}
+SHARES = (0.05, 0.15, 0.5, 0.85, 1.0)  # the columns
+
+
+def train_all(data_dir: str, steps: str, settings: list[str]) -> dict[str, Transformer]:
+    """The four networks; `settings` are further flags of train.py."""
+    networks = {}
+    for name, masking in RUNS.items():
+        folder = trained("variable-masking/" + name.replace(" ", "-").replace("%", "-percent"),
+                         "--data-dir", data_dir, "--steps", steps, "--eval-interval", steps,
+                         "--final-eval-rows", "64", *masking, *settings)
+        networks[name], _ = load_checkpoint(folder)
+    return networks
+
+
+def entropy(tokens: Tensor) -> float:
+    """In nats, of the frequencies of these tokens (n,)."""
+    return torch.special.entr(tokens.bincount() / len(tokens)).sum().item()
+
+
+def about_text(rows: Tensor, tokenizer: tiktoken.Encoding, vocabulary: set[str]) -> dict[str, float]:
+    """The last two columns, of the texts in these rows (n,T)."""
+    known, _ = share_known("\n".join(map(tokenizer.decode, rows.tolist())), vocabulary)
+    return {"words": known, "entropy": sum(map(entropy, rows)) / len(rows)}
+
+
+def at_share(bound: Bound, share: float) -> float:
+    """CE when this share is hidden, from the measured count that is nearest."""
+    N, counts, nats, _ = bound.curve
+    return nats[min(range(len(counts)), key=lambda i: abs(counts[i] - share * N))]
+
+
+def paint(panel, bounds: dict[str, Bound], unigram: float) -> None:
+    """The loss by mask level of each network, and the floor where everything is hidden."""
+    for name, bound in bounds.items():
+        N, counts, nats, errors = bound.curve
+        panel.errorbar([100 * m / N for m in counts], nats, errors, marker=".",
+                       label=f"{name}: NELBO {bound.nats:.2f}")
+    panel.axhline(unigram, color="grey", linestyle=":", label=f"unigram entropy: {unigram:.2f}")
+    panel.set(title="What each network knows", xlabel="share hidden, %",
+              ylabel="CE(m), nats per hidden token")
+    panel.figure.legend(loc="outside right center", title="learned at")
+
+
+def conclude(bounds: dict[str, Bound], rows: dict[str, dict], unigram: float) -> None:
+    """The answer, from the figures."""
+    bert, ours = rows["15%"], rows["all levels"]
+    best = min(rows, key=lambda name: rows[name]["nelbo"])
+    own = ours["ce"]["15%"] - bert["ce"]["15%"]
+    answer(
+        f"the lowest NELBO, {rows[best]['nelbo']:.2f} nats per token, has the network that learned at "
+        f"{best}; the one that learned at 15% only has {bert['nelbo']:.2f}: with everything hidden it is "
+        f"{bert['ce']['100%'] - unigram:.2f} nats above the unigram entropy (all levels: "
+        f"{ours['ce']['100%'] - unigram:.2f}), and {bert['words']:.0%} of the words that it writes are words "
+        f"(all levels: {ours['words']:.0%}). At 15% hidden it is "
+        f"{abs(own):.2f} nats {'better' if own > 0 else 'worse'} than the network of all levels.",
+        {"unigram": unigram, "rows": rows, "curves": {name: bound.curve for name, bound in bounds.items()}})
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = flags("variable_masking", __doc__)
+    parser.add_argument("--steps", default="300", help="of each training run (default: 300)")
+    parser.add_argument("--rows", type=int, default=512, help="of validation text (default: 512)")
+    parser.add_argument("--num-samples", type=int, default=8, help="texts that each writes (default: 8)")
+    parser.add_argument("--sampling-steps", type=int, default=128, help="model calls for them (default: 128)")
+    args, settings = parser.parse_known_args(arguments)  # what else is given goes to train.py
+    if args.rows < 2 or min(args.num_samples, args.sampling_steps) < 1:
+        parser.error("--rows must be at least 2, --num-samples and --sampling-steps at least 1")
+
+    train, val = TokenFile(args.data_dir, "train"), TokenFile(args.data_dir, "val")
+    networks = train_all(args.data_dir, args.steps, settings)
+    T, mask_id = networks["15%"].config.context_length, networks["15%"].config.mask_id
+    tokenizer, x_0 = get_tokenizer(train.tokenizer), torch.from_numpy(val.spread(args.rows, T))
+    vocabulary = set(words(tokenizer.decode(train.tokens.tolist())))
+    unigram = entropy(torch.from_numpy(val.tokens.astype("int64")))
+    fast = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
+
+    print(f"\n{'learned at':12}{'NELBO <=':>18}" + "".join(f"{f'CE at {share:.0%}':>12}" for share in SHARES)
+          + f"{'words':>8}{'entropy':>9}")
+    bounds, rows, samples = {}, {}, {}
+    for name, model in networks.items():
+        x = torch.full((args.num_samples, T), mask_id)
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            bound = nelbo(model, x_0, mask_id, curve_points=20)
+            written = generate(model, x, mask_id, args.sampling_steps,  # random places: the NELBO's sampler
+                               generator=torch.Generator().manual_seed(1))
+        row = {"nelbo": bound.nats, "stderr": bound.stderr, **about_text(written, tokenizer, vocabulary),
+               "ce": {f"{share:.0%}": at_share(bound, share) for share in SHARES}}
+        print(f"{name:12}{bound.nats:9.3f} +- {bound.stderr:.3f}"
+              + "".join(f"{nats:12.3f}" for nats in row["ce"].values())
+              + f"{row['words']:8.0%}{row['entropy']:9.2f}", flush=True)
+        bounds[name], rows[name], samples[name] = bound, row, tokenizer.decode(written[0].tolist())
+    real = about_text(x_0, tokenizer, vocabulary)
+    print(f"{'real text':{30 + 12 * len(SHARES)}}{real['words']:8.0%}{real['entropy']:9.2f}")
+    print(f"unigram entropy of the validation text: {unigram:.3f} nats per token")
+    for name, text in samples.items():
+        print(f"\n--- learned at {name}, written from nothing:\n{text}")
+    print()
+    draw(args.picture, lambda panel: paint(panel, bounds, unigram), width=9, height=4.5)
+    conclude(bounds, rows, unigram)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
