@@ -43,8 +43,8 @@ def command(main: Callable) -> Callable[..., int]:
 def flags(name: str, doc: str) -> Parser:
     """A parser with what all experiments take; `doc` is the module's, whose first line is the question."""
     parser = Parser(prog=f"experiments.{name}", description=doc.split("\n")[0])
-    parser.add_argument("--checkpoint", default="out/quickstart", help="(default: out/quickstart)")
-    parser.add_argument("--data-dir", default="data/sotu", help="(default: data/sotu)")
+    parser.add_argument("--checkpoint", default="out/quickstart", help="(default: %(default)s)")
+    parser.add_argument("--data-dir", default="data/sotu", help="(default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=OUT / f"{name}.png", help="the PNG to draw")
     return parser
 

@@ -405,24 +405,23 @@ def paint(axes, runs: dict[str, dict[int, Bound]], curves: dict[str, Bound], fre
 def conclusion(runs: dict[str, dict[int, Bound]], frequencies: float, steps: int) -> str:
     """The answer in words, by the figures."""
     before, after, random = runs["pretrained"][0], runs["pretrained"][steps], runs["random"][steps]
-    gain, error = random.nats - after.nats, math.hypot(random.stderr, after.stderr)
-    blind = before.curve.nats[-1]
+    error = 2 * math.hypot(random.stderr, after.stderr)
+    blind, gain, longest = before.curve.nats[-1], random.nats - after.nats, max(runs["random"])
     text = (f"as it comes, the network has a loss of {blind:.2f} nats with everything hidden, "
             f"{'more' if blind > frequencies else 'no more'} than the {frequencies:.2f} of token frequencies "
             f"alone, and NELBO <= {before.nats:.2f}. After {steps} steps at all mask levels it has "
             f"{after.nats:.3f}, from random weights {random.nats:.3f}: ")
-    if gain < 2 * error:
+    if gain < error:
         return text + "no head start worth the name."
-    longest = max(runs["random"])
     text += f"a head start of {gain:.3f} nats/token"
     if longest == steps:
         return text + "."
-    rival = runs["random"][longest]
     reached = [step for step, bound in runs["random"].items() if bound.nats <= after.nats]
     needed = f"at most {reached[0]}" if reached else f"over {longest}"
-    better = "better" if rival.nats < after.nats else "worse"
+    detour = runs["random"][longest].nats - after.nats
+    verdict = "no different from" if abs(detour) < error else "better than" if detour < 0 else "worse than"
     return text + (f", for which random weights need {needed} steps. After {longest}, as many as pretraining "
-                   f"and fine-tuning together, they have {rival.nats:.3f}: {better} than by way of 15%.")
+                   f"and fine-tuning together, they have {after.nats + detour:.3f}: {verdict} the way over 15%.")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
