@@ -1,0 +1,495 @@
+"""Can a pretrained RoBERTa learn to write? python -m experiments.roberta_start [--checkpoint FOLDER]
+
+RoBERTa (arXiv:1907.11692) has learned to restore texts of which 15% are hidden. That is one mask level; the
+NELBO, the mean of CE(m) over m = 1..N, asks for all of them. Are its weights a good start nevertheless?
+
+Here is the network, by hand, as one more model(tokens, positions): `corrupt`, `loss`, `nelbo` and `generate`
+work on it as they are. It reads a published folder (model.safetensors, config.json, vocab.json, merges.txt).
+Without --checkpoint a small one is pretrained first, on bytes at 15%, and saved as such a folder in
+out/experiments/ (delete it to pretrain anew). The folder is loaded and trained on as a diffusion model, at
+all mask levels, beside the same shape from random weights, on the same text and masks:
+
+    weights, steps   where the run started from, and how many steps of diffusion training it has had
+    NELBO            <= nats per token on validation text
+    loss by share hidden: CE(m), the curve of which the NELBO is the mean height
+
+Where the pretraining was ours, the run from random weights goes on for as many steps more: what the detour
+has cost. Ends with what each network writes from nothing, and the answer.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs import ConfigError
+from diffusion import Bound, corrupt, generate, keyed_generator, loss, nelbo
+from experiments.lab import OUT, answer, command, draw, flags
+from model import CheckpointError, choose_dtype, count_parameters
+from prepare_data import DataError, TokenFile, get_tokenizer
+from train import can_compile, choose_device, keep_freed_memory
+
+# --- The network ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RobertaConfig:
+    """The shape, under the names of config.json."""
+
+    vocab_size: int  # 50265 in roberta-base: all rows of its table, those of the special tokens too
+    hidden_size: int  # 768: C
+    num_hidden_layers: int  # 12
+    num_attention_heads: int  # 12: H
+    intermediate_size: int  # 3072: channels inside the MLP
+    max_position_embeddings: int  # 514, but places are counted from pad_token_id + 1 on
+    type_vocab_size: int  # 1: what is left of BERT's first and second sentence
+    pad_token_id: int  # 1
+    layer_norm_eps: float  # 1e-5
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type or value < (field.type is int and field.name != "pad_token_id"):
+                raise ValueError(f"{field.name} cannot be {value!r}")
+        if self.hidden_size % self.num_attention_heads or self.context_length < 1:
+            raise ValueError("hidden_size is no multiple of num_attention_heads, or there are too few places")
+
+    @property
+    def context_length(self) -> int:
+        """The longest text, in tokens: <s> and </s> take a place each."""
+        return self.max_position_embeddings - (self.pad_token_id + 1) - 2
+
+
+class Block(nn.Module):
+    """Post-norm: LayerNorm follows each sum, where model.py and GPT-2 have it at the start of a branch."""
+
+    def __init__(self, config: RobertaConfig):
+        super().__init__()
+        C, self.n_head, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
+        self.query, self.key, self.value, self.proj = (nn.Linear(C, C) for _ in range(4))
+        self.attention_norm = nn.LayerNorm(C, eps)
+        self.up = nn.Linear(C, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, C)
+        self.mlp_norm = nn.LayerNorm(C, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (layer(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B,H,T,D)
+                   for layer in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, C)
+        x = self.attention_norm(x + self.proj(y))
+        return self.mlp_norm(x + self.down(F.gelu(self.up(x))))
+
+
+class Roberta(nn.Module):
+    """model(tokens) -> logits (B,T,V);  model(tokens, positions) -> logits (P,V), as model.Transformer.
+
+    The rows of its table are V real tokens, then the mask token V, <s> V+1, </s> V+2 and what is never used.
+    So the mask token is an input without an output, and no special token can be written. RoBERTa knows only
+    rows that begin with <s> and end with </s>: they are put around the text here, and taken off again, so
+    that nobody outside can hide them or ask for them.
+    """
+
+    def __init__(self, config: RobertaConfig, vocab_size: int):
+        super().__init__()
+        self.config, self.vocab_size, self.mask_id = config, vocab_size, vocab_size
+        C, eps = config.hidden_size, config.layer_norm_eps
+        self.embedding = nn.Embedding(config.vocab_size, C)
+        self.place = nn.Embedding(config.max_position_embeddings, C)
+        self.sentence = nn.Embedding(config.type_vocab_size, C)
+        self.norm = nn.LayerNorm(C, eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.head, self.head_norm = nn.Linear(C, C), nn.LayerNorm(C, eps)
+        self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """tokens: (B,T) int64, `mask_id` where hidden. positions: (P,) flat places b*T + t."""
+        T, V = tokens.size(1), self.vocab_size
+        if T > self.config.context_length:
+            raise ValueError(f"{T} tokens are more than the context length {self.config.context_length}")
+        tokens = F.pad(F.pad(tokens, (1, 0), value=V + 1), (0, 1), value=V + 2)  # <s> text </s>
+        places = torch.arange(T + 2, device=tokens.device) + self.config.pad_token_id + 1
+        x = self.norm(self.embedding(tokens) + self.place(places) + self.sentence.weight[0])
+        for block in self.blocks:
+            x = block(x)
+        x = x[:, 1:-1]  # (B,T,C)
+        if positions is not None:
+            x = x.flatten(0, 1)[positions]  # (P,C)
+        x = self.head_norm(F.gelu(self.head(x)))
+        return F.linear(x, self.embedding.weight[:V], self.head_bias[:V])
+
+
+# --- A published folder ---------------------------------------------------------------------------
+
+# What this file calls a part of the network: what checkpoints call it.
+PUBLISHED = {
+    "embedding": "roberta.embeddings.word_embeddings",
+    "place": "roberta.embeddings.position_embeddings",
+    "sentence": "roberta.embeddings.token_type_embeddings",
+    "norm": "roberta.embeddings.LayerNorm",
+    "blocks": "roberta.encoder.layer",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "proj": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+    "head": "lm_head.dense",
+    "head_norm": "lm_head.layer_norm",
+    "head_bias": "lm_head.bias",
+}
+# The tensors with a row for each token: the name of the copy that some checkpoints have of them.
+TABLES = {"embedding.weight": "lm_head.decoder.weight", "head_bias": "lm_head.decoder.bias"}
+
+
+def published(name: str) -> str:
+    """blocks.3.query.weight -> roberta.encoder.layer.3.attention.self.query.weight"""
+    return ".".join(PUBLISHED.get(part, part) for part in name.split("."))
+
+
+def alphabet() -> dict[str, int]:
+    """{letter: byte}: how vocab.json spells the 256 bytes, in the order of their ranks.
+
+    Bytes that print in Latin-1 stand for themselves, the others are spelled with the letters from 256 on: a
+    space is \u0120, a line end \u010a.
+    """
+    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printing]
+    return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+# How GPT-2 and RoBERTa cut a text into words, inside of which bytes are then merged.
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> tuple[tiktoken.Encoding, Tensor]:
+    """(encoding, rows): the BPE of vocab.json and merges.txt, and RoBERTa's ids of our tokens, (vocab_size,).
+
+    To tiktoken an id is also the priority of a merge, while RoBERTa numbers its tokens by frequency. So texts
+    keep tiktoken's ids, the 256 bytes and then the merges in order (GPT-2's ids, if it is GPT-2's BPE), and
+    the table is brought into this order when it is read: our row i is RoBERTa's row rows[i].
+    """
+    try:
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        letters = alphabet()
+        merges = [merge.replace(" ", "") for merge in merges if merge and not merge.startswith("#version")]
+        words = [*letters, *merges]
+        ranks = {bytes(letters[letter] for letter in word): i for i, word in enumerate(words)}
+        used = [vocab[word] for word in (*words, "<mask>", "<s>", "</s>")]
+        rows = used + sorted(set(range(vocab_size)) - set(used))
+        if len(ranks) < len(words) or sorted(rows) != list(range(vocab_size)):
+            raise ValueError("two tokens share a spelling or an id, or an id is outside the table")
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}; a RoBERTa's folder has it") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: no byte-level BPE in vocab.json and merges.txt: {error!r:.150}"
+                              ) from None
+    encoding = tiktoken.Encoding("roberta", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+    return encoding, torch.tensor(rows)
+
+
+def read_config(path: Path) -> RobertaConfig:
+    """The shape in a config.json; CheckpointError if there is none, or if it is of another network."""
+    required = {"model_type": "roberta", "hidden_act": "gelu"}
+    usual = {"is_decoder": False, "position_embedding_type": "absolute", "tie_word_embeddings": True}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in (required | usual).items():
+            if (found := content.get(name, usual.get(name))) != value:
+                raise ValueError(f"{name} is {found!r}, not {value!r}")
+        return RobertaConfig(**{field.name: content[field.name] for field in fields(RobertaConfig)})
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; name the folder of a RoBERTa") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} describes no RoBERTa: {error!r:.150}") from None
+
+
+def safetensors():
+    """The package's part for PyTorch, or one line on how to get it."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise CheckpointError("a RoBERTa's folder needs the package: pip install safetensors") from None
+    return safetensors.torch
+
+
+def load_roberta(folder: Path) -> tuple[Roberta, tiktoken.Encoding]:
+    """The network of a published folder, in float32, and the encoding of its texts.
+
+    What the file has beyond it, such as a pooler, is named on stderr. CheckpointError with one line where
+    something is missing, damaged or of another shape than config.json says.
+    """
+    config, path = read_config(folder / "config.json"), folder / "model.safetensors"
+    encoding, rows = read_tokenizer(folder, config.vocab_size)
+    load_file = safetensors().load_file
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: name the folder of a RoBERTa") from None
+    except Exception as error:  # the package has an exception of its own
+        raise CheckpointError(f"{path} is damaged: {error!r:.150}") from None
+    if config.num_hidden_layers > len(tensors):
+        raise CheckpointError(f"{path}: {len(tensors)} tensors are no {config.num_hidden_layers} layers")
+    with torch.device("meta"):  # no memory and no time for random weights
+        model = Roberta(config, encoding.n_vocab)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    state = {name: tensors.pop(published(name)) for name in shapes if published(name) in tensors}
+    if missing := [published(name) for name in shapes if name not in state]:
+        raise CheckpointError(f"{path} is no masked language model: of its {len(shapes)} tensors "
+                              f"{len(missing)} are missing, such as {missing[-1]}")
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise CheckpointError(f"{path}: {published(name)} is {tuple(tensor.shape)}; by config.json it "
+                                  f"is {shapes[name]}")
+    for name, copy in TABLES.items():
+        if not torch.equal(tensors.pop(copy, state[name]), state[name]):
+            raise CheckpointError(f"{path}: {copy} is not {published(name)}; in a RoBERTa they are one")
+        state[name] = state[name][rows]
+    if tensors:
+        print(f"note: {path} also has {', '.join(sorted(tensors))}; not used", file=sys.stderr)
+    model.load_state_dict(state, assign=True)
+    return model.float(), encoding
+
+
+def save_roberta(model: Roberta, rows: Tensor, folder: Path) -> None:
+    """Write model.safetensors and config.json in RoBERTa's names and, by the `rows`, its order of tokens."""
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    state |= {name: state[name][rows.argsort()] for name in TABLES}
+    safetensors().save_file({published(name): tensor.contiguous() for name, tensor in state.items()},
+                            folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "hidden_act": "gelu"}
+    (folder / "config.json").write_text(json.dumps(config | asdict(model.config), indent=2) + "\n")
+
+
+# --- Training and measuring -----------------------------------------------------------------------
+
+
+def read_tokens(folder: str, split: str, encoding: tiktoken.Encoding, length: int) -> Tensor:
+    """(n,) int64: a split of a data folder in this encoding, with empty lines between the documents.
+
+    (RoBERTa separates them by </s>, which must not be written.)
+    """
+    file = TokenFile(folder, split)
+    text = get_tokenizer(file.tokenizer).decode(file.tokens.tolist()).replace("<|endoftext|>", "\n\n")
+    tokens = torch.tensor(encoding.encode_ordinary(text))
+    if len(tokens) < length:
+        raise DataError(f"{file.path} has {len(tokens)} tokens, fewer than one row of {length}")
+    return tokens
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=choose_dtype("auto", device) == torch.bfloat16)
+
+
+def train(model: Roberta, tokens: Tensor, objective: str, steps: int, args: argparse.Namespace,
+          label: str) -> Iterator[int]:
+    """Train on random windows of `tokens` (n,); yield the number of each step when it is done.
+
+    AdamW with RoBERTa's betas, a short warmup and then a constant rate, so that a longer run begins as a
+    shorter one does. The windows and the masks of a step are the same for all networks.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01,
+                                  fused=True)
+    step_loss = torch.compile(loss, dynamic=False) if can_compile() else loss
+    device, started = model.head_bias.device, time.monotonic()
+    for step in range(1, steps + 1):
+        starts = torch.randint(len(tokens) - args.length + 1, (args.rows,),
+                               generator=keyed_generator(1, step, "windows"))
+        batch = corrupt(tokens.unfold(0, args.length, 1)[starts], model.mask_id,
+                        keyed_generator(1, step, "mask"), objective, mask_ratio="bell", weighting="token")
+        with autocast(device):
+            value = step_loss(model, batch.to(device))
+        if not value.isfinite():
+            raise ConfigError(f"the loss of step {step} is {value.item()}: choose a lower --learning-rate")
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, step / 50)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            left = (time.monotonic() - started) / step * (steps - step)
+            print(f"{label}: step {step} of {steps}, loss {value.item():.3f}, {left:.0f} s left",
+                  file=sys.stderr)
+        yield step
+
+
+# The quickstart's width and depth; 256 bytes and 5 special tokens.
+SMALL = RobertaConfig(vocab_size=261, hidden_size=192, num_hidden_layers=4, num_attention_heads=3,
+                      intermediate_size=768, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
+                      layer_norm_eps=1e-5)
+
+
+def pretrained(args: argparse.Namespace, device: torch.device) -> Path:
+    """The folder of a small RoBERTa that has learned what RoBERTa learns; made now, if it is not there."""
+    folder = OUT / f"roberta-{args.pretrain_steps}-steps"
+    if not folder.exists():
+        part = folder.with_name(folder.name + ".part")
+        part.mkdir(parents=True, exist_ok=True)
+        words = ["<s>", "<pad>", "</s>", "<unk>", *alphabet(), "<mask>"]  # RoBERTa's order, no merges
+        (part / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+        (part / "merges.txt").write_text("#version: 0.2\n")
+        encoding, rows = read_tokenizer(part, SMALL.vocab_size)
+        torch.manual_seed(1)
+        model = Roberta(SMALL, encoding.n_vocab).to(device)
+        tokens = read_tokens(args.data_dir, "train", encoding, args.length)
+        for _ in train(model, tokens, "mlm", args.pretrain_steps, args, "pretraining at 15%"):
+            pass
+        save_roberta(model, rows, part)
+        part.rename(folder)  # so that it is there whole or not at all
+    return folder
+
+
+def write(model: Roberta, encoding: tiktoken.Encoding, length: int) -> str:
+    """A text from nothing, by the sampler that writes the quickstart's."""
+    x = torch.full((1, length), model.mask_id, device=model.head_bias.device)
+    with autocast(x.device):
+        tokens = generate(model, x, model.mask_id, steps=64, order="confidence", gumbel=1.0, remask="renoise",
+                          temperature=0.5, generator=torch.Generator().manual_seed(1))
+    return encoding.decode(tokens[0].tolist())
+
+
+def diffuse(model: Roberta, weights: str, tokens: Tensor, x_0: Tensor, bits: float, marks: list[int],
+            args: argparse.Namespace) -> dict[int, Bound]:
+    """Train as a diffusion model; {step: the bound on x_0} at each of the `marks`, printed as they come.
+
+    bits: bits per byte in a nat per token.
+    """
+    bounds = {}
+
+    def measure(step: int) -> None:
+        with autocast(x_0.device):
+            bound = bounds[step] = nelbo(model, x_0, model.mask_id, batch_size=args.rows)
+        print(f"{weights:12} {step:5}  {bound.nats:8.3f} +- {bound.stderr:.3f}  {bound.nats * bits:9.3f}",
+              flush=True)
+
+    measure(0)
+    for step in train(model, tokens, "diffusion", marks[-1], args, weights):
+        if step in marks:
+            measure(step)
+    return bounds
+
+
+def paint(axes, runs: dict[str, dict[int, Bound]], curves: dict[str, Bound], frequencies: float) -> None:
+    """Left the bounds by step, right the losses by share hidden."""
+    left, right = axes
+    for weights, bounds in runs.items():
+        left.errorbar(list(bounds), [bound.nats for bound in bounds.values()],
+                      [bound.stderr for bound in bounds.values()], marker="o", label=f"{weights} weights")
+    left.set(title="A head start", xlabel="steps of diffusion training", ylabel="NELBO <=, nats per token")
+    for label, bound in curves.items():
+        N, counts, nats, _ = bound.curve
+        right.plot([m / N for m in counts], nats, marker=".", label=label)
+    right.axhline(frequencies, linestyle=":", color="black", label="frequencies alone")
+    right.set(title="What 15% did not teach", xlabel="share hidden", ylabel="CE(m), nats per hidden token")
+    for axis in axes:
+        axis.legend()
+
+
+def conclusion(runs: dict[str, dict[int, Bound]], frequencies: float, steps: int) -> str:
+    """The answer in words, by the figures."""
+    before, after, random = runs["pretrained"][0], runs["pretrained"][steps], runs["random"][steps]
+    error = 2 * math.hypot(random.stderr, after.stderr)
+    blind, gain, longest = before.curve.nats[-1], random.nats - after.nats, max(runs["random"])
+    text = (f"as it comes, the network has a loss of {blind:.2f} nats with everything hidden, "
+            f"{'more' if blind > frequencies else 'no more'} than the {frequencies:.2f} of token frequencies "
+            f"alone, and NELBO <= {before.nats:.2f}. After {steps} steps at all mask levels it has "
+            f"{after.nats:.3f}, from random weights {random.nats:.3f}: ")
+    if gain < error:
+        return text + "no head start worth the name."
+    text += f"a head start of {gain:.3f} nats/token"
+    if longest == steps:
+        return text + "."
+    reached = [step for step, bound in runs["random"].items() if bound.nats <= after.nats]
+    needed = f"at most {reached[0]}" if reached else f"over {longest}"
+    detour = runs["random"][longest].nats - after.nats
+    verdict = "no different from" if abs(detour) < error else "better than" if detour < 0 else "worse than"
+    return text + (f", for which random weights need {needed} steps. After {longest}, as many as pretraining "
+                   f"and fine-tuning together, they have {after.nats + detour:.3f}: {verdict} the way over 15%.")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = flags("roberta_start", __doc__)
+    add = parser.add_argument
+    add("--pretrain-steps", type=int, default=600, help="without --checkpoint, at 15%% (default: 600)")
+    add("--steps", type=int, default=200, help="of diffusion training (default: 200)")
+    add("--rows", type=int, default=16, help="of a step (default: 16)")
+    add("--length", type=int, default=128, help="tokens of a row (default: 128)")
+    add("--learning-rate", type=float, help="(default: 1e-3; with --checkpoint 1e-4)")
+    add("--eval-rows", type=int, default=128, help="rows of validation text (default: 128)")
+    parser.set_defaults(checkpoint=None)
+    args = parser.parse_args(arguments)
+    for name in ("pretrain_steps", "steps", "rows", "length", "eval_rows"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.checkpoint else 1e-3
+    return args
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    keep_freed_memory()
+    device = choose_device("auto")
+    folder = Path(args.checkpoint) if args.checkpoint else pretrained(args, device)
+    model, encoding = load_roberta(folder)
+    if args.length > model.config.context_length:
+        raise ConfigError(f"--length {args.length} is more than the {model.config.context_length} tokens "
+                          f"that {folder} can see")
+    train_tokens, val_tokens = (read_tokens(args.data_dir, split, encoding, args.length)
+                                for split in ("train", "val"))
+    starts = torch.linspace(0, len(val_tokens) - args.length, args.eval_rows).long()
+    x_0 = val_tokens.unfold(0, args.length, 1)[starts].to(device)
+    bits = len(val_tokens) / len(encoding.decode_bytes(val_tokens.tolist())) / math.log(2)
+    print(f"{folder}: {count_parameters(model) / 1e6:.1f}M parameters, {model.vocab_size} tokens to write")
+    print(f"\n{'weights':12} {'steps':>5}  {'NELBO <=, nats/token':>20} bits/byte", flush=True)
+
+    marks = sorted({max(1, args.steps >> i) for i in range(4)})
+    longest = args.steps if args.checkpoint else args.pretrain_steps + args.steps
+    longer = [*marks, *(args.steps << i for i in range(1, 10) if args.steps << i < longest), longest]
+    torch.manual_seed(2)
+    networks = {"pretrained": model.to(device), "random": Roberta(model.config, model.vocab_size).to(device)}
+    runs, texts = {}, {"pretrained, 0 steps": write(model, encoding, args.length)}
+    for weights, network in networks.items():
+        runs[weights] = diffuse(network, weights, train_tokens, x_0, bits,
+                                marks if weights == "pretrained" else longer, args)
+        texts[f"{weights}, {max(runs[weights])} steps"] = write(network, encoding, args.length)
+
+    curves = {"pretrained, 0 steps": runs["pretrained"][0],
+              **{f"{weights}, {args.steps} steps": runs[weights][args.steps] for weights in runs},
+              f"random, {longest} steps": runs["random"][longest]}
+    counts = curves["pretrained, 0 steps"].curve.counts
+    print(f"\n{'loss by share hidden':24}" + "".join(f"{m / args.length:>7.0%}" for m in counts))
+    for label, bound in curves.items():
+        print(f"{label:24}" + "".join(f"{nats:7.2f}" for nats in bound.curve.nats))
+    print("\nwritten from nothing")
+    for label, text in texts.items():
+        print(f"{label:24}{text[:80]!r}")
+    frequency = train_tokens.bincount() / len(train_tokens)
+    frequencies = torch.special.entr(frequency).sum().item()
+    draw(args.picture, lambda axes: paint(axes, runs, curves, frequencies), columns=2)
+    answer(conclusion(runs, frequencies, args.steps), {
+        "checkpoint": str(folder), "frequencies": frequencies, "bits_per_nat": bits, "texts": texts,
+        "runs": {weights: {step: bound._asdict() | {"curve": bound.curve._asdict()}
+                           for step, bound in bounds.items()} for weights, bounds in runs.items()}})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
