@@ -6,6 +6,7 @@ An experiment trains what it needs in out/experiments/, where a second run finds
 (in out/experiments/NAME.png by default), and ends with the answer in a sentence and a JSON line.
 """
 
+import argparse
 import functools
 import json
 import os
@@ -47,6 +48,13 @@ def flags(name: str, doc: str) -> Parser:
     parser.add_argument("--data-dir", default="data/sotu", help="(default: data/sotu)")
     parser.add_argument("--picture", type=Path, default=OUT / f"{name}.png", help="the PNG to draw")
     return parser
+
+
+def count(text: str) -> int:
+    """The type of a flag that counts something: 1 or more."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 def trained(name: str, *settings: str, config: str = "configs/quickstart.toml") -> Path:
