@@ -35,9 +35,9 @@ def mask_levels(T: int, prefix_length: int) -> tuple[Tensor, Tensor]:
 
 
 def calls_by_level(schedule: str, N: int, steps: int) -> list[int]:
-    """How many of a sampler's calls see more than (k-1)/10 and at most k/10 of N places hidden, k = 1..10."""
+    """How many of a sampler's calls see as much hidden as level k, or less but more than level k-1."""
     counts = hidden_counts(schedule, torch.tensor([N]), steps)[:-1, 0]  # before each call
-    return ((counts * LEVELS + N - 1) // N - 1).bincount(minlength=LEVELS).tolist()
+    return torch.searchsorted(mask_levels(N, 0)[0], counts).bincount(minlength=LEVELS).tolist()
 
 
 @torch.no_grad()
@@ -49,10 +49,10 @@ def belief(model: Transformer, x_0: Tensor, mask: Tensor) -> Tensor:
 
 def paint_grid(axes, p: Tensor, texts: list[str], m: Tensor, title: str) -> None:
     """Level x place: a letter where visible, a colour where hidden."""
-    image = axes.imshow(p, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(p.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     for k, place in p.isnan().nonzero().tolist():
-        axes.text(place, k, texts[place].replace("$", r"\$"), ha="center", va="center", fontsize=8,
-                  family="monospace")
+        axes.text(place, k, texts[place], ha="center", va="center", fontsize=8, family="monospace",
+                  parse_math=False)
     axes.set(title=title, xlabel="place", ylabel="hidden",
              yticks=range(LEVELS), yticklabels=[f"{k + 1}0%: {count}" for k, count in enumerate(m.tolist())])
     axes.figure.colorbar(image, ax=axes, label="probability of the true token", pad=0.01)
@@ -68,8 +68,8 @@ def paint_curve(axes, curve: Curve, steps: int) -> None:
         axes.plot(share, [-0.2 - 0.25 * i] * len(share), "|", markersize=10,
                   label=f"{steps} calls, {schedule}")
     axes.set(title="What it knows at each level, and where samplers call it", xlabel="share hidden",
-             ylabel="nats per hidden token")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+             ylabel="nats per hidden token", yticks=range(4))
+    axes.legend(loc="upper left")  # the curve rises to the right
 
 
 @lab.command
@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
         return [HIDDEN if text is None else text.replace("\n", " ") for text in texts]
 
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    views = {f"{length} places preserved": mask_levels(T, length) for length in (0, args.prefix_length)}
+    views = {f"a prefix of {length} preserved" if length else "no prefix": mask_levels(T, length)
+             for length in (0, args.prefix_length)}
     for title, (m, mask) in views.items():
         print(f"\n{title}\nlevel  hidden  what the model sees, the first places of {T}")
         for k in range(LEVELS):

@@ -1,6 +1,6 @@
 """Greedy, top-k or nucleus? python -m experiments.sampling_methods
 
-How the token of a place is drawn, the places being chosen at random, or from left to right for the first row:
+How the token of a place is drawn; the places are chosen at random, but for the first row:
 
     greedy       the likeliest
     top-k        from the k likeliest
@@ -12,8 +12,8 @@ Columns, beside those of experiments/samplers.py (judge and entropy in nats, dis
     same    share of the places at which a second seed writes the same token: 1 for a sampler without chance
     shared  of a text's runs of four tokens, the share that another text of the same sampler holds too
 
-Greedy draws are certain, but a sampler may still choose the *places* by chance, and then writes other texts:
-it is the same every time only in a fixed order.
+A greedy draw leaves nothing to chance, the choice of *places* may: greedy is the same every time only where
+the order is fixed (left to right), or follows from what was drawn (the surest first, without Gumbel noise).
 """
 
 import sys
@@ -24,7 +24,7 @@ from torch import Tensor
 from experiments import lab, samplers
 
 METHODS = {
-    "greedy, left to right": dict(temperature=0.0, order="left_to_right"),
+    "greedy, surest first": dict(temperature=0.0, order="confidence"),
     "greedy": dict(temperature=0.0),
     "top-k 3": dict(top_k=3),
     "top-k 10": dict(top_k=10),
@@ -80,11 +80,11 @@ def main(arguments: list[str] | None = None) -> None:
     fixed, greedy, everything = rows[0], rows[1], rows[-1]
     best = min(rows, key=lambda row: row["distance"])
     lab.answer(
-        f"greedy writes the same token for two seeds at {fixed['same']:.0%} of the places in a fixed order, at "
-        f"{greedy['same']:.0%} in random order (drawing from everything: {everything['same']:.0%}). In random "
-        f"order its texts cost the twin {greedy['judge']:.2f} nats and share {greedy['shared']:.0%} of their "
-        f"runs, against {everything['judge']:.2f} and {everything['shared']:.0%} when drawn from everything; "
-        f"real text has {real['judge']:.2f} and {real['shared']:.0%}. Nearest to it in all figures is "
+        f"two seeds of greedy agree on {fixed['same']:.0%} of the tokens when the surest place is next, on "
+        f"{greedy['same']:.0%} when it is any place (drawing from everything: {everything['same']:.0%}). Greedy "
+        f"then costs the twin {greedy['judge']:.2f} nats and shares {greedy['shared']:.0%} of its runs between "
+        f"texts, everything {everything['judge']:.2f} and {everything['shared']:.0%}, real text "
+        f"{real['judge']:.2f} and {real['shared']:.0%}. Nearest to real text in all figures is "
         f"{best['sampler']}.", {"steps": args.steps, "real": real, "rows": rows})
 
 

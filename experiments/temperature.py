@@ -1,7 +1,8 @@
 """Which temperature is best? python -m experiments.temperature
 
 Temperature tau draws a token from p^(1/tau), renormalised: 0 takes the likeliest, 1 believes the model, more
-than 1 flattens. Each is tried with some orders of writing. Columns, as in experiments/samplers.py:
+than 1 flattens. Each is tried with three samplers: random places, the surest places first (with Gumbel
+noise), and that with remasking, sample.py's best. Columns, as in experiments/samplers.py:
 
     judge, error   nats per token under the autoregressive twin, and the standard error over the texts
     entropy        of a text's own tokens, in nats
@@ -19,13 +20,17 @@ import torch
 
 from experiments import lab, samplers
 
-DEFAULT = ["random", "confidence, gumbel 1", "margin"]
+SAMPLERS = {
+    "random": dict(order="random"),
+    "confidence": dict(order="confidence", gumbel=1.0),
+    "confidence, renoised": dict(order="confidence", gumbel=1.0, remask="renoise"),
+}
 
 
 def best_temperatures(rows: list[dict]) -> dict[str, dict]:
-    """{order: its row nearest to real text}."""
-    return {order: min((row for row in rows if row["sampler"] == order), key=lambda row: row["distance"])
-            for order in dict.fromkeys(row["sampler"] for row in rows)}
+    """{sampler: its row nearest to real text}."""
+    return {sampler: min((row for row in rows if row["sampler"] == sampler), key=lambda row: row["distance"])
+            for sampler in SAMPLERS}
 
 
 @lab.command
@@ -34,8 +39,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=lab.count, default=32, help="model calls (default: 32)")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0, 0.3, 0.5, 0.7, 0.85, 1, 1.3],
                         help="(default: 0 0.3 0.5 0.7 0.85 1 1.3)")
-    parser.add_argument("--orders", nargs="+", choices=list(samplers.ORDERS), default=DEFAULT,
-                        help=f"(default: {DEFAULT})")
     args = parser.parse_args(arguments)
     twins = samplers.load_twins(args.checkpoint, args.judge, args.data_dir)
     x = torch.full((args.num_samples, twins.N), twins.mask_id)
@@ -43,16 +46,16 @@ def main(arguments: list[str] | None = None) -> None:
     real = samplers.judged_real(twins, args.num_samples)
     samplers.show(real | {"distance": 0.0}, heading=True)
     rows = []
-    for order in args.orders:
+    for sampler, options in SAMPLERS.items():
         for temperature in args.temperatures:
-            row, _ = samplers.judged(twins, order, x, steps=args.steps, temperature=temperature,
-                                     **samplers.ORDERS[order])
+            options = options | dict(steps=args.steps, temperature=temperature)
+            row, _ = samplers.judged(twins, sampler, x, **options)
             rows.append(row | {"distance": samplers.distance(row, real)})
             samplers.show(rows[-1])
 
     def paint(axes) -> None:
-        samplers.frontier(axes, real, {order: [row for row in rows if row["sampler"] == order]
-                                       for order in args.orders})
+        samplers.frontier(axes, real, {sampler: [row for row in rows if row["sampler"] == sampler]
+                                       for sampler in SAMPLERS})
         for row in rows:
             axes.annotate(f"{row['temperature']:g}", (row["entropy"], row["judge"]), fontsize=8,
                           xytext=(5, -9), textcoords="offset points")
@@ -61,12 +64,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     lab.draw(args.picture, paint, width=8.5, height=5)
     best = best_temperatures(rows)
-    inside = [order for order, row in best.items() if 0.5 <= row["temperature"] <= 0.8]
+    inside = [row for row in best.values() if 0.5 <= row["temperature"] <= 0.8]
     lab.answer("nearest to real text is " + ", ".join(
-        f"temperature {row['temperature']:g} for {order}" for order, row in best.items())
-        + f": 'between 0.5 and 0.8' holds for {len(inside)} of {len(best)} orders.",
+        f"temperature {row['temperature']:g} for {sampler}" for sampler, row in best.items())
+        + f": 'between 0.5 and 0.8' holds for {len(inside)} of {len(best)} samplers.",
         {"steps": args.steps, "real": real, "rows": rows,
-         "best": {order: row["temperature"] for order, row in best.items()}})
+         "best": {sampler: row["temperature"] for sampler, row in best.items()}})
 
 
 if __name__ == "__main__":
