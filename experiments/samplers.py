@@ -54,6 +54,7 @@ class Twins(NamedTuple):
     """A diffusion model, which writes, its autoregressive twin, which judges, and what both have read."""
 
     model: Transformer
+    info: dict  # of its checkpoint
     judge: Transformer
     N: int  # tokens of a text: the context of both
     mask_id: int
@@ -86,7 +87,8 @@ def load_twins(checkpoint: str | Path, judge: str | Path, data_dir: str | Path) 
         raise DataError(f"{data_dir} is in tokens of {train.tokenizer}, {checkpoint} of {info['tokenizer']}")
     decode = get_tokenizer(info["tokenizer"]).decode
     vocabulary = set(words(decode(train.tokens.tolist())))
-    return Twins(model, twin, model.config.context_length, model.config.mask_id, decode, vocabulary, val)
+    N, mask_id = model.config.context_length, model.config.mask_id
+    return Twins(model, info, twin, N, mask_id, decode, vocabulary, val)
 
 
 def real_text(twins: Twins, rows: int) -> Tensor:

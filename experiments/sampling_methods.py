@@ -80,10 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     fixed, greedy, everything = rows[0], rows[1], rows[-1]
     best = min(rows, key=lambda row: row["distance"])
     lab.answer(
-        f"two seeds of greedy agree on {fixed['same']:.0%} of the tokens when the surest place is next, on "
-        f"{greedy['same']:.0%} when it is any place (drawing from everything: {everything['same']:.0%}). Greedy "
-        f"then costs the twin {greedy['judge']:.2f} nats and shares {greedy['shared']:.0%} of its runs between "
-        f"texts, everything {everything['judge']:.2f} and {everything['shared']:.0%}, real text "
+        f"two seeds of greedy agree on {fixed['same']:.0%} of the tokens when the surest place is next, and "
+        f"on {greedy['same']:.0%} when any is (drawing from everything: {everything['same']:.0%}). This one "
+        f"costs the twin {greedy['judge']:.2f} nats and shares {greedy['shared']:.0%} of its runs with "
+        f"each other text; everything {everything['judge']:.2f} and {everything['shared']:.0%}; real text "
         f"{real['judge']:.2f} and {real['shared']:.0%}. Nearest to real text in all figures is "
         f"{best['sampler']}.", {"steps": args.steps, "real": real, "rows": rows})
 

@@ -33,7 +33,7 @@ from diffusion import (
     smooth,
 )
 from experiments import lab, samplers
-from model import Transformer, load_checkpoint
+from model import Transformer
 
 STEPS = (5, 10, 20, 50)  # and as many as tokens
 SAMPLERS = {
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Every other window: two halves as alike as can be, and disjoint.
     fitted = measure(twins.model, x_0[::2], args.curve_points, "to fit")
     measured = measure(twins.model, x_0[1::2], args.curve_points, "to price")
-    own = (load_checkpoint(args.checkpoint)[1].get("evaluation") or {}).get("curve")
+    own = (twins.info.get("evaluation") or {}).get("curve")
     curves = {"optimal": smooth(fitted)}
     if own:  # what `sample.py --schedule optimal` has, and what it would be without smoothing
         curves |= {"by own curve": smooth(Curve(**own)), "by own, raw": Curve(**own)}

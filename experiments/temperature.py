@@ -11,7 +11,7 @@ noise), and that with remasking, sample.py's best. Columns, as in experiments/sa
     distance       from real text: the sum of the relative differences of the last four (without the error)
 
 A low temperature is likely under the judge *because* it repeats itself: only both figures together say
-anything. The picture is that frontier, the real text a star on it.
+anything. The picture has that frontier, the real text a star, and the distance by temperature.
 """
 
 import sys
@@ -53,16 +53,23 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(row | {"distance": samplers.distance(row, real)})
             samplers.show(rows[-1])
 
-    def paint(axes) -> None:
-        samplers.frontier(axes, real, {sampler: [row for row in rows if row["sampler"] == sampler]
-                                       for sampler in SAMPLERS})
-        for row in rows:
-            axes.annotate(f"{row['temperature']:g}", (row["entropy"], row["judge"]), fontsize=8,
-                          xytext=(5, -9), textcoords="offset points")
-        axes.set(title=f"Temperatures, {args.steps} model calls")
-        axes.figure.legend(loc="outside right center")
+    lines = {sampler: [row for row in rows if row["sampler"] == sampler] for sampler in SAMPLERS}
 
-    lab.draw(args.picture, paint, width=8.5, height=5)
+    def paint(panels) -> None:
+        left, right = panels
+        samplers.frontier(left, real, lines)
+        for line in lines.values():
+            for row in (line[0], line[-1]):
+                left.annotate(f"{row['temperature']:g}", (row["entropy"], row["judge"]), xytext=(6, -11),
+                              textcoords="offset points")
+        for line in lines.values():
+            right.plot([row["temperature"] for row in line], [row["distance"] for row in line], "o-")
+        right.axvspan(0.5, 0.8, color="lightgrey", zorder=0)
+        left.set(title=f"Temperatures, {args.steps} model calls")
+        right.set(title="Is 0.5 to 0.8 best?", xlabel="temperature", ylabel="distance from real text")
+        left.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+    lab.draw(args.picture, paint, columns=2, height=4.5)
     best = best_temperatures(rows)
     inside = [row for row in best.values() if 0.5 <= row["temperature"] <= 0.8]
     lab.answer("nearest to real text is " + ", ".join(
