@@ -233,14 +233,17 @@ def test_steps_has_the_exact_price_beside_the_judged_ones(twins_flags, end):
 
 
 def test_adaptive_gives_the_fixed_schedule_as_many_calls(twins_flags, end):
-    _, result = end(adaptive, [*twins_flags, *FEW, "--thresholds", "0.01", "1", "--fill-samples=4",
-                               "--length=12", "--share=0.5"])
+    lines, result = end(adaptive, [*twins_flags, *FEW, "--thresholds", "0.01", "1", "--fill-samples=4",
+                                   "--length=12", "--share=0.5"])
     assert [(row["task"], row["adaptive"]) for row in result["rows"]] == [
         (task, adaptive) for task in ("free", "fill") for _ in range(2) for adaptive in (True, False)]
     for sure, fixed in zip(result["rows"][::2], result["rows"][1::2], strict=True):
         assert fixed["calls"] == max(1, round(sure["calls"]))
     never = [row["calls"] for row in result["rows"] if row["adaptive"] and row["threshold"] == 1]
     assert never == [12, 6]  # nothing is that sure: a token a call
+    # Then both do the same thing, up to the random numbers they draw: filling in, at temperature 0, has none.
+    assert result["rows"][-2]["right"] == result["rows"][-1]["right"]
+    assert "of 4 comparisons" in lines[-1]
 
 
 def test_samplers_ends_with_the_nearest_setting(twins_flags, end, monkeypatch):
