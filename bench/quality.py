@@ -28,12 +28,11 @@ import torch
 from torch import Generator
 
 from bench.plain import PlainTransformer, train_plainly
-from bench.words import words
 from configs import ConfigError, Parser, load
 from diffusion import REMASKS, denoise, left_to_right_model, nelbo
-from experiments.samplers import ORDERS, figures
-from model import CheckpointError, ModelConfig, count_parameters, load_checkpoint
-from prepare_data import DataError, TokenFile, get_tokenizer
+from experiments.samplers import ORDERS, figures, load_twins, real_text
+from model import CheckpointError, ModelConfig, count_parameters
+from prepare_data import DataError, TokenFile
 from train import TrainConfig, choose_device, show
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -226,17 +225,10 @@ def twin(args: argparse.Namespace) -> dict:
 
 def frontier(args: argparse.Namespace) -> dict:
     """A table with a row for each number of steps and temperature, and of the twin's own writing."""
-    model, info = load_checkpoint(args.checkpoint)
-    judge, judge_info = load_checkpoint(args.judge)
-    N, mask_id = model.config.context_length, model.config.mask_id
-    if (judge.config.causal, judge.config.context_length, judge_info["tokenizer"]) != (
-            True, N, info["tokenizer"]):
-        raise ConfigError(f"--judge {args.judge} is no autoregressive twin of {args.checkpoint}")
-    train_file, val_file = TokenFile(args.data_dir, "train"), TokenFile(args.data_dir, "val")
-    decode = get_tokenizer(info["tokenizer"]).decode
-    vocabulary = set(words(decode(train_file.tokens.tolist())))
+    twins = load_twins(args.checkpoint, args.judge, args.data_dir)
+    model, N, mask_id = twins.model, twins.N, twins.mask_id
     options = ORDERS[args.order] | {"remask": args.remask}
-    writers = {"the twin": (left_to_right_model(judge, mask_id), dict(order="left_to_right", steps=N))}
+    writers = {"the twin": (left_to_right_model(twins.judge, mask_id), dict(order="left_to_right", steps=N))}
     writers |= {f"{steps} steps": (model, options | {"steps": steps}) for steps in args.steps}
 
     print(f"{args.order}, remasking {args.remask}, {args.num_samples} samples of {N} tokens\n"
@@ -244,12 +236,12 @@ def frontier(args: argparse.Namespace) -> dict:
     rows = []
 
     def report(writer: str, temperature: float, tokens: torch.Tensor) -> None:
-        row = figures(tokens, judge, mask_id, decode, vocabulary)
+        row = figures(twins, tokens)
         rows.append({"writer": writer, "temperature": temperature} | row)
         print(f"{writer:12} {temperature:10.2f} {row['judge']:7.3f} {row['entropy']:8.3f} "
               f"{row['distinct']:9.3f} {row['words']:7.1%}", flush=True)
 
-    report("real text", 1.0, torch.from_numpy(val_file.spread(args.num_samples, N)))
+    report("real text", 1.0, real_text(twins, args.num_samples))
     for writer, (network, how) in writers.items():
         for temperature in args.temperatures:
             x, generator = torch.full((args.num_samples, N), mask_id), Generator().manual_seed(1)
