@@ -14,9 +14,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from configs import ConfigError, Parser
-from model import CheckpointError
-from prepare_data import DataError
+from model import CheckpointError, choose_dtype
+from prepare_data import DataError, TokenFile, get_tokenizer, write_dataset
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 OUT = Path("out/experiments")
@@ -49,27 +51,50 @@ def flags(name: str, doc: str) -> Parser:
     return parser
 
 
-def trained(name: str, *settings: str, config: str = "configs/quickstart.toml") -> Path:
+def trained(name: str, *settings: str, config: str = "configs/quickstart.toml",
+            program: tuple[str | Path, ...] = (TRAIN,), out: Path = OUT) -> Path:
     """The folder of a finished run of train.py: found in out/experiments/NAME, continued, or trained now.
 
     settings: flags of train.py. If it fails, it has said why, and we end with its exit code; a run of this
     name with other settings is such a failure: delete its folder to train anew.
+    program: what Python runs, if not train.py itself: a module of ours that calls train.main in its turn.
     """
-    folder = OUT / name
+    folder = out / name
     resume = ["--resume"] if (folder / "state.pt").exists() else []
-    print(f"$ python train.py {' '.join([config, *settings])} --out-dir {folder}", flush=True)
+    shown = " ".join("train.py" if word == TRAIN else str(word) for word in program)
+    print(f"$ python {shown} {' '.join([config, *settings])} --out-dir {folder}", flush=True)
     large_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # faster on Linux, see bench/NOTES.md
-    result = subprocess.run([sys.executable, TRAIN, config, *settings, "--out-dir", folder, *resume],
-                            env=large_pages | os.environ)
+    result = subprocess.run([sys.executable, *program, config, *settings, "--out-dir", folder, *resume],
+                            env=large_pages | os.environ | {"PYTHONPATH": str(TRAIN.parent)})
     if result.returncode:
         sys.exit(result.returncode)
     return folder
+
+
+def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
+    """A corpus in which training text is scarce: `tokens` of it, the validation text whole; its folder.
+
+    The text is taken in windows of up to 1024 tokens, evenly spread: its beginning alone would be the oldest.
+    """
+    train, val = (TokenFile(data_dir, split) for split in ("train", "val"))
+    tokenizer, length = get_tokenizer(train.tokenizer), min(1024, tokens)
+    end = tokenizer.decode([tokenizer.eot_token])
+    windows = train.spread(max(1, tokens // length), length)
+    texts = [("train", window) for window in windows.tolist()] + [("val", val.tokens.tolist())]
+    documents = ((split, [text]) for split, ids in texts for text in tokenizer.decode(ids).split(end) if text)
+    write_dataset(documents, train.tokenizer, out_dir, f"{tokens} tokens of {data_dir}")
+    return out_dir
 
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
     """(lines of training, evaluations) of a run's log.jsonl."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "nats" in line]
+
+
+def autocast() -> torch.autocast:
+    """Matrix products in bfloat16 where the CPU has them: sampling and measuring take half the time."""
+    return torch.autocast("cpu", torch.bfloat16, choose_dtype("auto", torch.device("cpu")) == torch.bfloat16)
 
 
 def draw(path: Path, paint: Callable, columns: int = 1, rows: int = 1, width: float = 5.0,
