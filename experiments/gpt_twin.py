@@ -282,7 +282,9 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{kind:9} {who:26} {row['right']:6.1%} {row['nats']:9.3f} {row['stderr']:6.3f} "
                       f"{bound:>9} {row['rows']:5}", flush=True)
     lab.draw(args.picture, lambda axes: paint(axes, table, curve, profile, holes), columns=3)
-    lab.answer(sentence(table, speed, holes), {"prices": table, "speed": speed, "holes": holes})
+    lab.answer(sentence(table, speed, holes), {
+        "prices": table, "curve": curve, "profile": {who: nats.tolist() for who, nats in profile.items()},
+        "speed": speed, "holes": holes})
 
 
 if __name__ == "__main__":

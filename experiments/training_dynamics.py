@@ -155,8 +155,9 @@ def explain(args, model: Transformer, good: dict) -> dict[str, tuple[float, floa
     return {"ln V: an untrained network": (math.log(V), untrained.nats),
             LETTERS: (letters, levels(good["evaluations"])[1.0][-1]),
             "factor 2: over all tokens / over hidden ones": ((N + 1) / (2 * N), float(ratio)),
-            "spikes: 1/m beside equal weights, ratio": (math.nan, spread["1/m"] / spread["token"]),
-            "spikes: 1/t beside equal weights, ratio": (math.nan, spread["1/t"] / spread["token"]),
+            "spikes: deviation, hidden tokens alike": (math.nan, spread["token"]),
+            "spikes: deviation, weight 1/m": (math.nan, spread["1/m"]),
+            "spikes: deviation, weight 1/t and coins": (math.nan, spread["1/t"]),
             "height: NELBO, and the curve's mean height": (bound.nats, height(*bound.curve[1:3], N))}
 
 
