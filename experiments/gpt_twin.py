@@ -169,7 +169,7 @@ def speeds(model: Model, twin: Transformer, x: Tensor, mask_id: int, step_counts
     causal, N = left_to_right_model(twin, mask_id), x.size(1)
     ways: dict[str, Callable[[Generator], Tensor]] = {
         f"diffusion, {steps} calls": lambda g, steps=steps: generate(model, x, mask_id, steps, generator=g)
-        for steps in step_counts}
+        for steps in sorted(step_counts)}
     ways[f"the twin, {N} calls, no cache"] = (
         lambda g: generate(causal, x, mask_id, N, order="left_to_right", generator=g))
     ways[f"the twin, {N} calls, cached"] = lambda g: write_cached(twin, x, generator=g)
@@ -184,7 +184,7 @@ def speeds(model: Model, twin: Transformer, x: Tensor, mask_id: int, step_counts
     return fastest
 
 
-def paint(axes, table: dict, curve: Curve, profile: dict, holes: dict) -> None:
+def paint(axes, curve: Curve, profile: dict, holes: dict) -> None:
     """Loss by what is visible; what holes cost; how many are right."""
     price, cost, right = axes
     bins = max(1, curve.N // 16)
@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
                 bound = f"{row['bound']:.3f}" if "bound" in row else ""
                 print(f"{kind:9} {who:26} {row['right']:6.1%} {row['nats']:9.3f} {row['stderr']:6.3f} "
                       f"{bound:>9} {row['rows']:5}", flush=True)
-    lab.draw(args.picture, lambda axes: paint(axes, table, curve, profile, holes), columns=3)
+    lab.draw(args.picture, lambda axes: paint(axes, curve, profile, holes), columns=3)
     lab.answer(sentence(table, speed, holes), {
         "prices": table, "curve": curve, "profile": {who: nats.tolist() for who, nats in profile.items()},
         "speed": speed, "holes": holes})
