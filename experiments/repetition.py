@@ -72,7 +72,7 @@ def paint(axes, runs: dict[str, dict]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = lab.flags("repetition", __doc__)
     parser.add_argument("--tokens", type=int, default=32768, help="of the small corpus (default: 32768)")
-    parser.add_argument("--steps", type=int, default=1200, help="of each run (default: 1200)")
+    parser.add_argument("--steps", type=int, default=800, help="of each run (default: 800)")
     parser.add_argument("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.tokens < 1 or args.steps < 1:

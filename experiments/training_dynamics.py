@@ -54,7 +54,7 @@ def train_all(args) -> dict[str, Path]:
     starved = lab.small_corpus(args.data_dir, args.starved_tokens, lab.OUT / "dynamics-data")
 
     def run(name: str, steps: int, *settings: str, data: str | Path = args.data_dir, **how) -> Path:
-        interval, rows = str(max(1, steps // 20)), str(args.rows)
+        interval, rows = str(max(1, args.steps // 20)), str(args.rows)
         return lab.trained(f"dynamics-{name}", "--data-dir", str(data), "--steps", str(steps),
                            "--log-interval", "5", "--eval-interval", interval, "--eval-rows", rows,
                            "--final-eval-rows", rows, *settings, config=args.config, **how)
@@ -62,7 +62,7 @@ def train_all(args) -> dict[str, Path]:
     return {"good": run("good", args.steps),
             "too hot": run("hot", args.steps // 2, "--muon-learning-rate", "0.6", "--learning-rate", "0.3",
                            "--grad-clip", "0"),
-            "starved": run("starved", 2 * args.steps, data=starved),
+            "starved": run("starved", 3 * args.steps // 2, data=starved),
             "leak": run("leak", args.steps // 2, program=LEAKING)}
 
 
@@ -180,7 +180,7 @@ def sentence(runs: dict[str, dict], by_level: dict[float, list[float]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = lab.flags("training_dynamics", __doc__)
     parser.add_argument("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
-    for flag, default, help in (("--steps", 200, "of the good run"), ("--rows", 128, "to evaluate on"),
+    for flag, default, help in (("--steps", 200, "of the good run"), ("--rows", 96, "to evaluate on"),
                                 ("--starved-tokens", 4096, "of the small corpus"),
                                 ("--batches", 200, "to measure spikes"),
                                 ("--batch-rows", 8, "of each batch")):
