@@ -21,7 +21,7 @@ from torch import Tensor
 from configs import ConfigError, Parser
 from diffusion import Model, draw_mask, draw_num_masked, keyed_generator, row_losses
 from model import CheckpointError, choose_dtype
-from prepare_data import DataError, TokenFile
+from prepare_data import DataError, TokenFile, get_tokenizer, write_dataset
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 OUT = Path("out/experiments")
@@ -62,14 +62,14 @@ def count(text: str) -> int:
 
 
 def trained(name: str, *settings: str, config: str = "configs/quickstart.toml",
-            program: tuple[str | Path, ...] = (TRAIN,)) -> Path:
+            program: tuple[str | Path, ...] = (TRAIN,), out: Path = OUT) -> Path:
     """The folder of a finished run of train.py: found in out/experiments/NAME, continued, or trained now.
 
     settings: flags of train.py. If it fails, it has said why, and we end with its exit code; a run of this
     name with other settings is such a failure: delete its folder to train anew.
     program: what Python runs, if not train.py itself: a module of ours that calls train.main in its turn.
     """
-    folder = OUT / name
+    folder = out / name
     resume = ["--resume"] if (folder / "state.pt").exists() else []
     shown = " ".join("train.py" if word == TRAIN else str(word) for word in program)
     print(f"$ python {shown} {' '.join([config, *settings])} --out-dir {folder}", flush=True)
@@ -79,6 +79,21 @@ def trained(name: str, *settings: str, config: str = "configs/quickstart.toml",
     if result.returncode:
         sys.exit(result.returncode)
     return folder
+
+
+def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
+    """A corpus in which training text is scarce: `tokens` of it, the validation text whole; its folder.
+
+    The text is taken in windows of up to 1024 tokens, evenly spread: its beginning alone would be the oldest.
+    """
+    train, val = (TokenFile(data_dir, split) for split in ("train", "val"))
+    tokenizer, length = get_tokenizer(train.tokenizer), min(1024, tokens)
+    end = tokenizer.decode([tokenizer.eot_token])
+    windows = train.spread(max(1, tokens // length), length)
+    texts = [("train", window) for window in windows.tolist()] + [("val", val.tokens.tolist())]
+    documents = ((split, [text]) for split, ids in texts for text in tokenizer.decode(ids).split(end) if text)
+    write_dataset(documents, train.tokenizer, out_dir, f"{tokens} tokens of {data_dir}")
+    return out_dir
 
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
