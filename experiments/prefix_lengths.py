@@ -69,19 +69,21 @@ def paint(axes, tables: dict[str, dict], base: str) -> None:
 
 
 def conclude(terms: dict[str, Terms]) -> str:
-    """The answer in words: what training with a prefix changes at the shortest and at the longest prompt."""
-    prompts, parts = list(terms["none"]), []
-    for name, other, equal in (("fixed", "none", "steps"), ("drawn", "none", "steps"),
-                               ("drawn", "fewer", "hidden tokens")):
-        changes = []
-        for p in (prompts[0], prompts[-1]):
-            more, error = mean_and_error(terms[name][p] - terms[other][p])
-            verb = "changes nothing clear" if abs(more) < 2 * error else "costs" if more > 0 else "gains"
-            changes.append(f"{verb} at a prompt of {p} ({more:+.3f} +- {error:.3f} nats/token)")
-        parts.append(f"at equal {equal} a {name} prefix {' and '.join(changes)}")
-    told = (terms["none"][prompts[0]] - terms["none"][prompts[-1]]).mean()
-    return (f"{'; '.join(parts)}. {prompts[-1]} tokens of prompt are themselves worth {told:.3f} nats/token "
-            "to a model trained with none")
+    """The answer in words: what training with a prefix changes at the longest prompt and at the shortest."""
+    first, *_, last = terms["none"]
+
+    def change(name: str, other: str, p: int) -> tuple[float, str]:
+        more, error = mean_and_error(terms[name][p] - terms[other][p])
+        return more + 2 * error, f"{more:+.3f} +- {error:.3f}"
+
+    pays = " and ".join(name for name in ("fixed", "drawn") if change(name, "none", last)[0] < 0) or "no"
+    fixed, drawn, equal = ([change(name, other, p)[1] for p in (last, first)] for name, other in (
+        ("fixed", "none"), ("drawn", "none"), ("drawn", "fewer")))
+    told = (terms["none"][first] - terms["none"][last]).mean()
+    return (f"at equal steps {pays} training with a prefix makes continuing a prompt better: at {last} "
+            f"tokens of prompt the NELBO changes by {fixed[0]} (fixed) and {drawn[0]} (drawn), at {first} by "
+            f"{fixed[1]} and {drawn[1]}. At equally many hidden tokens drawn is {equal[0]} from none at "
+            f"{last} and {equal[1]} at {first}. The prompt itself is worth {told:.3f} nats/token")
 
 
 @lab.command
