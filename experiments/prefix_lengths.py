@@ -70,20 +70,24 @@ def paint(axes, tables: dict[str, dict], base: str) -> None:
 
 def conclude(terms: dict[str, Terms]) -> str:
     """The answer in words: what training with a prefix changes at the longest prompt and at the shortest."""
-    first, *_, last = terms["none"]
+    prompts = list(terms["none"])
+    first, last = prompts[0], prompts[-1]
 
-    def change(name: str, other: str, p: int) -> tuple[float, str]:
-        more, error = mean_and_error(terms[name][p] - terms[other][p])
-        return more + 2 * error, f"{more:+.3f} +- {error:.3f}"
+    def pays(name: str) -> bool:
+        mean, error = mean_and_error(terms[name][last] - terms["none"][last])
+        return mean < -2 * error
 
-    pays = " and ".join(name for name in ("fixed", "drawn") if change(name, "none", last)[0] < 0) or "no"
-    fixed, drawn, equal = ([change(name, other, p)[1] for p in (last, first)] for name, other in (
-        ("fixed", "none"), ("drawn", "none"), ("drawn", "fewer")))
+    def change(name: str, other: str) -> str:
+        longest, shortest = ("{:+.3f} +- {:.3f}".format(*mean_and_error(terms[name][p] - terms[other][p]))
+                             for p in (last, first))
+        return f"{longest} at {last} tokens of prompt and {shortest} at {first}"
+
+    paying = " and ".join(name for name in ("fixed", "drawn") if pays(name)) or "no"
     told = (terms["none"][first] - terms["none"][last]).mean()
-    return (f"at equal steps {pays} training with a prefix makes continuing a prompt better: at {last} "
-            f"tokens of prompt the NELBO changes by {fixed[0]} (fixed) and {drawn[0]} (drawn), at {first} by "
-            f"{fixed[1]} and {drawn[1]}. At equally many hidden tokens drawn is {equal[0]} from none at "
-            f"{last} and {equal[1]} at {first}. The prompt itself is worth {told:.3f} nats/token")
+    return (f"at equal steps {paying} training with a prefix makes continuing a prompt better: the NELBO "
+            f"changes by {change('fixed', 'none')} (fixed), by {change('drawn', 'none')} (drawn). At equally "
+            f"many hidden tokens drawn changes it by {change('drawn', 'fewer')}. The prompt itself is worth "
+            f"{told:.3f} nats/token")
 
 
 @lab.command

@@ -135,8 +135,8 @@ def test_the_answer_says_which_prefix_pays():
     means = {"none": terms(0), "fixed": terms(-0.001), "drawn": terms(0.001), "fewer": terms(0.002)}
     text = prefix_lengths.conclude(means)
     assert text.startswith("at equal steps fixed training with a prefix makes continuing a prompt better")
-    assert "changes by -0.064 +- 0.000 (fixed) and +0.064 +- 0.000 (drawn), at 0 by +0.000 +- 0.000" in text
-    assert "drawn is -0.064 +- 0.000 from none at 64" in text
+    assert "by -0.064 +- 0.000 at 64 tokens of prompt and +0.000 +- 0.000 at 0 (fixed), by +0.064" in text
+    assert "drawn changes it by -0.064 +- 0.000 at 64 tokens" in text
     assert prefix_lengths.conclude(means | {"fixed": terms(0.001)}).startswith("at equal steps no training")
 
 
