@@ -202,16 +202,16 @@ def paint(axes, lines: dict[str, dict], filled: dict[str, dict]) -> None:
     right.legend(loc="lower right")
 
 
-def conclude(bounds: dict[str, float], lines: dict[str, dict], filled: dict[str, dict]) -> str:
-    """The answer in words."""
+def conclude(terms: dict[str, Tensor], lines: dict[str, dict], filled: dict[str, dict]) -> str:
+    """The answer in words, from `lab.pair_nelbos` of each model and the two tables."""
     def said(row: dict, value: str) -> str:
         return f"{row[value]:.0%} +- {row['stderr']:.0%}"
 
     ours = {name: row for name, row in lines.items() if name.startswith("continued")}
     best = max(ours, key=lambda name: ours[name]["parse"])
-    gain = bounds["from scratch"] - bounds["continued"]
-    holes_of = {name: said(filled[f"{name}, greedy"], "filled") for name in bounds}
-    return (f"starting from English {'saves' if gain > 0 else 'costs'} {abs(gain):.3f} nats/byte of Python. "
+    gain, error = mean_and_error(terms["from scratch"] - terms["continued"])
+    holes_of = {name: said(filled[f"{name}, greedy"], "filled") for name in terms}
+    return (f"starting from English lowers the NELBO by {gain:.3f} +- {error:.3f} nats/byte of Python. "
             f"With the best sampler, {best.removeprefix('continued, ')}, {said(ours[best], 'parse')} of the "
             f"written lines parse (of real ones {lines['real text']['parse']:.0%}, of the same shuffled "
             f"{lines['its lines shuffled']['parse']:.0%}). Of lines with a hole filled greedily parse "
@@ -282,16 +282,17 @@ def main(arguments: list[str] | None = None) -> None:
               "continued": load_checkpoint(continued)[0]}
 
     x_0 = lab.rows_of(folder, args.rows, english.config.context_length)
-    bounds = {}
+    terms = {}
     print(f"\n{'model':36} NELBO <=, nats per byte of Python")
     for name, model in models.items():
         with lab.autocast():
-            bounds[name], error = mean_and_error(lab.pair_nelbos(model, x_0, model.config.mask_id))
-        print(f"{name:36} {bounds[name]:.3f} +- {error:.3f}", flush=True)
+            terms[name] = lab.pair_nelbos(model, x_0, model.config.mask_id)
+        print("{:36} {:.3f} +- {:.3f}".format(name, *mean_and_error(terms[name])), flush=True)
     lines = line_table(models, x_0, args.num_samples, args.sampling_steps, decode)
     filled = hole_table(models, holes(x_0, args.holes), decode)
     lab.draw(args.picture, lambda axes: paint(axes, lines, filled), columns=2, width=7, height=5)
-    lab.answer(conclude(bounds, lines, filled), {"nelbo": bounds, "lines": lines, "filled": filled})
+    bounds = {name: values.mean().item() for name, values in terms.items()}
+    lab.answer(conclude(terms, lines, filled), {"nelbo": bounds, "lines": lines, "filled": filled})
 
 
 if __name__ == "__main__":

@@ -69,19 +69,25 @@ def paint(axes, tables: dict[str, dict], base: str) -> None:
 
 
 def conclude(terms: dict[str, Terms]) -> str:
-    """The answer in words: what training with a prefix changes at the shortest and at the longest prompt."""
-    prompts, parts = list(terms["none"]), []
-    for name, other, equal in (("fixed", "none", "steps"), ("drawn", "none", "steps"),
-                               ("drawn", "fewer", "hidden tokens")):
-        changes = []
-        for p in (prompts[0], prompts[-1]):
-            more, error = mean_and_error(terms[name][p] - terms[other][p])
-            verb = "changes nothing clear" if abs(more) < 2 * error else "costs" if more > 0 else "gains"
-            changes.append(f"{verb} at a prompt of {p} ({more:+.3f} +- {error:.3f} nats/token)")
-        parts.append(f"at equal {equal} a {name} prefix {' and '.join(changes)}")
-    told = (terms["none"][prompts[0]] - terms["none"][prompts[-1]]).mean()
-    return (f"{'; '.join(parts)}. {prompts[-1]} tokens of prompt are themselves worth {told:.3f} nats/token "
-            "to a model trained with none")
+    """The answer in words: what training with a prefix changes at the longest prompt and at the shortest."""
+    prompts = list(terms["none"])
+    first, last = prompts[0], prompts[-1]
+
+    def pays(name: str) -> bool:
+        mean, error = mean_and_error(terms[name][last] - terms["none"][last])
+        return mean < -2 * error
+
+    def change(name: str, other: str) -> str:
+        longest, shortest = ("{:+.3f} +- {:.3f}".format(*mean_and_error(terms[name][p] - terms[other][p]))
+                             for p in (last, first))
+        return f"{longest} at {last} tokens of prompt and {shortest} at {first}"
+
+    paying = " and ".join(name for name in ("fixed", "drawn") if pays(name)) or "no"
+    told = (terms["none"][first] - terms["none"][last]).mean()
+    return (f"at equal steps {paying} training with a prefix makes continuing a prompt better: the NELBO "
+            f"changes by {change('fixed', 'none')} (fixed), by {change('drawn', 'none')} (drawn). At equally "
+            f"many hidden tokens drawn changes it by {change('drawn', 'fewer')}. The prompt itself is worth "
+            f"{told:.3f} nats/token")
 
 
 @lab.command

@@ -128,6 +128,18 @@ def test_the_same_end_is_scored_behind_every_prompt():
     assert torch.equal(shown[1][:, :2], x_0[:, :2])  # the prompt stays visible
 
 
+def test_the_answer_says_which_prefix_pays():
+    def terms(shift):
+        return {p: torch.randn(50, generator=seeded(p)).double() * 0.1 + 2 + shift * p for p in (0, 64)}
+
+    means = {"none": terms(0), "fixed": terms(-0.001), "drawn": terms(0.001), "fewer": terms(0.002)}
+    text = prefix_lengths.conclude(means)
+    assert text.startswith("at equal steps fixed training with a prefix makes continuing a prompt better")
+    assert "by -0.064 +- 0.000 at 64 tokens of prompt and +0.000 +- 0.000 at 0 (fixed), by +0.064" in text
+    assert "drawn changes it by -0.064 +- 0.000 at 64 tokens" in text
+    assert prefix_lengths.conclude(means | {"fixed": terms(0.001)}).startswith("at equal steps no training")
+
+
 def test_prefix_lengths_end_to_end(workplace, capsys):
     tiny = "--config tiny.toml --data-dir data --steps 4 --rows 8 --fixed 4 --longest 16 --picture a.png "
     assert prefix_lengths.main((tiny + "--prompts 0 8 24 --end 8").split()) == 0
