@@ -110,11 +110,25 @@ class Roberta(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.head, self.head_norm = nn.Linear(C, C), nn.LayerNorm(C, eps)
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Places start as waves and keys as copies of queries, so that attention starts with what is near.
+
+        (From random numbers alone, as RoBERTa's, a small one knows only letter frequencies for minutes.)
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                nn.init.zeros_(module.bias)
+        for table in (self.embedding, self.sentence):
+            nn.init.normal_(table.weight, std=0.02)
+        places, C = self.place.weight.shape
+        angle = torch.arange(places)[:, None] * 1000.0 ** -(torch.arange(0, C, 2) / C)
+        self.place.weight.copy_(torch.cat([angle.sin(), angle.cos()], dim=1)[:, :C] * 0.02 * 2**0.5)
+        for block in self.blocks:
+            block.key.weight.copy_(block.query.weight)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """tokens: (B,T) int64, `mask_id` where hidden. positions: (P,) flat places b*T + t."""
@@ -252,8 +266,8 @@ def load_roberta(folder: Path) -> tuple[Roberta, tiktoken.Encoding]:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     state = {name: tensors.pop(published(name)) for name in shapes if published(name) in tensors}
     if missing := [published(name) for name in shapes if name not in state]:
-        raise CheckpointError(f"{path} is no masked language model: of its {len(shapes)} tensors "
-                              f"{len(missing)} are missing, such as {missing[-1]}")
+        raise CheckpointError(f"{path} is no RoBERTa with its head: it lacks {len(missing)} of its "
+                              f"{len(shapes)} tensors, such as {missing[-1]}")
     for name, tensor in state.items():
         if tuple(tensor.shape) != shapes[name]:
             raise CheckpointError(f"{path}: {published(name)} is {tuple(tensor.shape)}; by config.json it "
@@ -292,6 +306,11 @@ def read_tokens(folder: str, split: str, encoding: tiktoken.Encoding, length: in
     if len(tokens) < length:
         raise DataError(f"{file.path} has {len(tokens)} tokens, fewer than one row of {length}")
     return tokens
+
+
+def check_length(length: int, config: RobertaConfig) -> None:
+    if length > config.context_length:
+        raise ConfigError(f"--length {length} is more than the context length {config.context_length}")
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -339,6 +358,7 @@ SMALL = RobertaConfig(vocab_size=261, hidden_size=192, num_hidden_layers=4, num_
 def pretrained(args: argparse.Namespace, device: torch.device) -> Path:
     """The folder of a small RoBERTa that has learned what RoBERTa learns; made now, if it is not there."""
     folder = OUT / f"roberta-{args.pretrain_steps}-steps"
+    check_length(args.length, SMALL)
     if not folder.exists():
         part = folder.with_name(folder.name + ".part")
         part.mkdir(parents=True, exist_ok=True)
@@ -421,7 +441,8 @@ def conclusion(runs: dict[str, dict[int, Bound]], frequencies: float, steps: int
     detour = runs["random"][longest].nats - after.nats
     verdict = "no different from" if abs(detour) < error else "better than" if detour < 0 else "worse than"
     return text + (f", for which random weights need {needed} steps. After {longest}, as many as pretraining "
-                   f"and fine-tuning together, they have {after.nats + detour:.3f}: {verdict} the way over 15%.")
+                   f"and fine-tuning together, they have {after.nats + detour:.3f}: {verdict} the way over "
+                   "15%.")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -450,9 +471,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = choose_device("auto")
     folder = Path(args.checkpoint) if args.checkpoint else pretrained(args, device)
     model, encoding = load_roberta(folder)
-    if args.length > model.config.context_length:
-        raise ConfigError(f"--length {args.length} is more than the {model.config.context_length} tokens "
-                          f"that {folder} can see")
+    check_length(args.length, model.config)
     train_tokens, val_tokens = (read_tokens(args.data_dir, split, encoding, args.length)
                                 for split in ("train", "val"))
     starts = torch.linspace(0, len(val_tokens) - args.length, args.eval_rows).long()
