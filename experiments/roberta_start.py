@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from configs import ConfigError
 from diffusion import Bound, corrupt, generate, keyed_generator, loss, nelbo
 from experiments.lab import OUT, answer, command, draw, flags
-from model import CheckpointError, choose_dtype, count_parameters
+from model import CheckpointError, choose_dtype, count_parameters, rotate
 from prepare_data import DataError, TokenFile, get_tokenizer
 from train import can_compile, choose_device, keep_freed_memory
 
@@ -60,8 +60,8 @@ class RobertaConfig:
             value = getattr(self, field.name)
             if type(value) is not field.type or value < (field.type is int and field.name != "pad_token_id"):
                 raise ValueError(f"{field.name} cannot be {value!r}")
-        if self.hidden_size % self.num_attention_heads or self.context_length < 1:
-            raise ValueError("hidden_size is no multiple of num_attention_heads, or there are too few places")
+        if self.hidden_size % (2 * self.num_attention_heads) or self.context_length < 1:
+            raise ValueError("hidden_size is no multiple of 2 * num_attention_heads, or places are too few")
 
     @property
     def context_length(self) -> int:
@@ -114,21 +114,28 @@ class Roberta(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Places start as waves and keys as copies of queries, so that attention starts with what is near.
+        """Attention starts near by: places are waves, and head h looks h - H/2 places from its own.
 
-        (From random numbers alone, as RoBERTa's, a small one knows only letter frequencies for minutes.)
+        RoBERTa starts from random numbers alone, which takes it much text: the small one below would know
+        nothing but letter frequencies for minutes.
         """
+        C, H = self.config.hidden_size, self.config.num_attention_heads
+
+        def waves(places: Tensor) -> Tensor:  # as model.rotary_table: to turn by waves(n) is to go n places
+            angle = places[:, None] * 100.0 ** -(torch.arange(0, C, 2) / C)
+            return torch.stack([angle.cos(), angle.sin()])  # (2, n, C/2)
+
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
-        for table in (self.embedding, self.sentence):
-            nn.init.normal_(table.weight, std=0.02)
-        places, C = self.place.weight.shape
-        angle = torch.arange(places)[:, None] * 1000.0 ** -(torch.arange(0, C, 2) / C)
-        self.place.weight.copy_(torch.cat([angle.sin(), angle.cos()], dim=1)[:, :C] * 0.02 * 2**0.5)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.zeros_(self.sentence.weight)
+        places = torch.arange(self.config.max_position_embeddings)
+        self.place.weight.copy_(0.06 * torch.cat([*waves(places)], dim=1))
         for block in self.blocks:
-            block.key.weight.copy_(block.query.weight)
+            query = block.query.weight.view(H, C // H, C)
+            block.key.weight.copy_(rotate(query, waves(torch.arange(H) - H // 2)[:, :, None]).flatten(0, 1))
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """tokens: (B,T) int64, `mask_id` where hidden. positions: (P,) flat places b*T + t."""
@@ -452,7 +459,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=200, help="of diffusion training (default: 200)")
     add("--rows", type=int, default=16, help="of a step (default: 16)")
     add("--length", type=int, default=128, help="tokens of a row (default: 128)")
-    add("--learning-rate", type=float, help="(default: 1e-3; with --checkpoint 1e-4)")
+    add("--learning-rate", type=float, help="(default: 2e-3; with --checkpoint 1e-4)")
     add("--eval-rows", type=int, default=128, help="rows of validation text (default: 128)")
     parser.set_defaults(checkpoint=None)
     args = parser.parse_args(arguments)
@@ -460,7 +467,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.checkpoint else 1e-3
+        args.learning_rate = 1e-4 if args.checkpoint else 2e-3
     return args
 
 

@@ -135,6 +135,18 @@ def test_a_text_longer_than_its_places_is_refused(published):
         model(torch.zeros(1, 33, dtype=torch.int64))
 
 
+def test_from_random_weights_each_head_looks_at_a_place_of_its_own():
+    torch.manual_seed(0)
+    model = Roberta(RobertaConfig(300, 96, 50, 3, 96, 64, 1, 1, 1e-5), 256)
+    x = model.place(torch.arange(20, 50))
+    scores = 0  # (heads, from, to), added up over layers: each by itself is blurred by its random matrices
+    for block in model.blocks:
+        q, k = (layer(x).view(30, 3, 32).transpose(0, 1) for layer in (block.query, block.key))
+        scores = scores + q @ k.mT
+    looked_at = scores.argmax(2) - torch.arange(30)
+    assert [row[1:-1].tolist() for row in looked_at] == [[offset] * 28 for offset in (-1, 0, 1)]
+
+
 # --- The tokenizer --------------------------------------------------------------------------------
 
 
@@ -253,7 +265,7 @@ DAMAGES = {
     "no layers": (edit("config.json", num_hidden_layers=0), "num_hidden_layers cannot be 0"),
     "too many layers": (edit("config.json", num_hidden_layers=10**9), "are no 1000000000 layers"),
     "a layer more": (edit("config.json", num_hidden_layers=4), "it lacks 16 of its 74"),
-    "heads": (edit("config.json", num_attention_heads=5), "no multiple of num_attention_heads"),
+    "heads": (edit("config.json", num_attention_heads=5), "no multiple of 2 * num_attention_heads"),
     "other width": (edit("config.json", hidden_size=48), r"is (271, 24); by config.json it is (271, 48)"),
     "no vocab": (lambda folder: (folder / "vocab.json").unlink(), "vocab.json: No such file"),
     "no merges": (lambda folder: (folder / "merges.txt").unlink(), "merges.txt: No such file"),
