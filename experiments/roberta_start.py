@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from configs import ConfigError
 from diffusion import Bound, corrupt, generate, keyed_generator, loss, nelbo
 from experiments.lab import OUT, answer, command, draw, flags
-from model import CheckpointError, choose_dtype, count_parameters
+from model import CheckpointError, choose_dtype, count_parameters, rotate
 from prepare_data import DataError, TokenFile, get_tokenizer
 from train import can_compile, choose_device, keep_freed_memory
 
@@ -60,8 +60,8 @@ class RobertaConfig:
             value = getattr(self, field.name)
             if type(value) is not field.type or value < (field.type is int and field.name != "pad_token_id"):
                 raise ValueError(f"{field.name} cannot be {value!r}")
-        if self.hidden_size % self.num_attention_heads or self.context_length < 1:
-            raise ValueError("hidden_size is no multiple of num_attention_heads, or there are too few places")
+        if self.hidden_size % (2 * self.num_attention_heads) or self.context_length < 1:
+            raise ValueError("hidden_size is no multiple of 2 * num_attention_heads, or places are too few")
 
     @property
     def context_length(self) -> int:
@@ -110,11 +110,32 @@ class Roberta(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.head, self.head_norm = nn.Linear(C, C), nn.LayerNorm(C, eps)
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Attention starts near by: places are waves, and head h looks h - H/2 places from its own.
+
+        RoBERTa starts from random numbers alone, which takes it much text: the small one below would know
+        nothing but letter frequencies for minutes.
+        """
+        C, H = self.config.hidden_size, self.config.num_attention_heads
+
+        def waves(places: Tensor) -> Tensor:  # as model.rotary_table: to turn by waves(n) is to go n places
+            angle = places[:, None] * 100.0 ** -(torch.arange(0, C, 2) / C)
+            return torch.stack([angle.cos(), angle.sin()])  # (2, n, C/2)
+
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.zeros_(self.sentence.weight)
+        places = torch.arange(self.config.max_position_embeddings)
+        self.place.weight.copy_(0.06 * torch.cat([*waves(places)], dim=1))
+        for block in self.blocks:
+            query = block.query.weight.view(H, C // H, C)
+            block.key.weight.copy_(rotate(query, waves(torch.arange(H) - H // 2)[:, :, None]).flatten(0, 1))
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """tokens: (B,T) int64, `mask_id` where hidden. positions: (P,) flat places b*T + t."""
@@ -252,8 +273,8 @@ def load_roberta(folder: Path) -> tuple[Roberta, tiktoken.Encoding]:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     state = {name: tensors.pop(published(name)) for name in shapes if published(name) in tensors}
     if missing := [published(name) for name in shapes if name not in state]:
-        raise CheckpointError(f"{path} is no masked language model: of its {len(shapes)} tensors "
-                              f"{len(missing)} are missing, such as {missing[-1]}")
+        raise CheckpointError(f"{path} is no RoBERTa with its head: it lacks {len(missing)} of its "
+                              f"{len(shapes)} tensors, such as {missing[-1]}")
     for name, tensor in state.items():
         if tuple(tensor.shape) != shapes[name]:
             raise CheckpointError(f"{path}: {published(name)} is {tuple(tensor.shape)}; by config.json it "
@@ -292,6 +313,11 @@ def read_tokens(folder: str, split: str, encoding: tiktoken.Encoding, length: in
     if len(tokens) < length:
         raise DataError(f"{file.path} has {len(tokens)} tokens, fewer than one row of {length}")
     return tokens
+
+
+def check_length(length: int, config: RobertaConfig) -> None:
+    if length > config.context_length:
+        raise ConfigError(f"--length {length} is more than the context length {config.context_length}")
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -339,6 +365,7 @@ SMALL = RobertaConfig(vocab_size=261, hidden_size=192, num_hidden_layers=4, num_
 def pretrained(args: argparse.Namespace, device: torch.device) -> Path:
     """The folder of a small RoBERTa that has learned what RoBERTa learns; made now, if it is not there."""
     folder = OUT / f"roberta-{args.pretrain_steps}-steps"
+    check_length(args.length, SMALL)
     if not folder.exists():
         part = folder.with_name(folder.name + ".part")
         part.mkdir(parents=True, exist_ok=True)
@@ -421,7 +448,8 @@ def conclusion(runs: dict[str, dict[int, Bound]], frequencies: float, steps: int
     detour = runs["random"][longest].nats - after.nats
     verdict = "no different from" if abs(detour) < error else "better than" if detour < 0 else "worse than"
     return text + (f", for which random weights need {needed} steps. After {longest}, as many as pretraining "
-                   f"and fine-tuning together, they have {after.nats + detour:.3f}: {verdict} the way over 15%.")
+                   f"and fine-tuning together, they have {after.nats + detour:.3f}: {verdict} the way over "
+                   "15%.")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -431,7 +459,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=200, help="of diffusion training (default: 200)")
     add("--rows", type=int, default=16, help="of a step (default: 16)")
     add("--length", type=int, default=128, help="tokens of a row (default: 128)")
-    add("--learning-rate", type=float, help="(default: 1e-3; with --checkpoint 1e-4)")
+    add("--learning-rate", type=float, help="(default: 2e-3; with --checkpoint 1e-4)")
     add("--eval-rows", type=int, default=128, help="rows of validation text (default: 128)")
     parser.set_defaults(checkpoint=None)
     args = parser.parse_args(arguments)
@@ -439,7 +467,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.checkpoint else 1e-3
+        args.learning_rate = 1e-4 if args.checkpoint else 2e-3
     return args
 
 
@@ -450,9 +478,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = choose_device("auto")
     folder = Path(args.checkpoint) if args.checkpoint else pretrained(args, device)
     model, encoding = load_roberta(folder)
-    if args.length > model.config.context_length:
-        raise ConfigError(f"--length {args.length} is more than the {model.config.context_length} tokens "
-                          f"that {folder} can see")
+    check_length(args.length, model.config)
     train_tokens, val_tokens = (read_tokens(args.data_dir, split, encoding, args.length)
                                 for split in ("train", "val"))
     starts = torch.linspace(0, len(val_tokens) - args.length, args.eval_rows).long()
