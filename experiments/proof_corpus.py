@@ -153,16 +153,16 @@ def gap_by_level(exact: Model, model: Model, x_0: Tensor, mask_id: int) -> dict[
 def over_training(folder: Path, reference: Callable[[Tensor], float], val: TokenFile, T: int,
                   H: float, name: str) -> list[dict]:
     """The evaluations of a run: {"step", "seconds", "nats", "gap"} each, also printed. `reference` says what
-    the best possible network has on the same rows."""
-    run, rows = [], {}
+    the best possible network has on the same rows. Seconds are of training, compiling not counted."""
+    run, points, rows = read_run(folder), [], {}
     print(f"\n{'step':>8}{'seconds':>9}{name:>9}{'gap':>10}")
-    for point in read_run(folder).points:
+    for point in run.points:
         if point.rows not in rows:
             rows[point.rows] = reference(torch.from_numpy(val.spread(point.rows, T)))
-        gap = point.nats - rows[point.rows]
-        run.append({"step": point.step, "seconds": point.seconds, "nats": point.nats, "gap": gap})
-        print(f"{point.step:8}{point.seconds:9.1f}{point.nats:9.4f}{gap:+10.4f} {gap / H:8.2%} of H")
-    return run
+        gap, seconds = point.nats - rows[point.rows], point.seconds - run.compiling
+        points.append({"step": point.step, "seconds": seconds, "nats": point.nats, "gap": gap})
+        print(f"{point.step:8}{seconds:9.1f}{point.nats:9.4f}{gap:+10.4f} {gap / H:8.2%} of H")
+    return points
 
 
 def paint(panels, H: float, unigram: float, runs: dict[str, list[dict]],
@@ -179,6 +179,7 @@ def paint(panels, H: float, unigram: float, runs: dict[str, list[dict]],
     middle.axhline(1, color="black", linestyle="--", label="1%")
     middle.set(title="The gap is the network's error", ylabel="gap, % of the entropy", yscale="log",
                xlabel="seconds of training")
+    middle.yaxis.set_major_formatter("{x:g}")
     levels = [level for level in table if level != "NELBO"]
     counts = [int(level) for level in levels]
     right.plot(counts, [table[level][0] for level in levels], color="black", label="the exact denoiser")

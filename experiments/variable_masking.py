@@ -69,30 +69,38 @@ def at_share(bound: Bound, share: float) -> float:
     return nats[min(range(len(counts)), key=lambda i: abs(counts[i] - share * N))]
 
 
-def paint(panel, bounds: dict[str, Bound], unigram: float) -> None:
-    """The loss by mask level of each network, and the floor where everything is hidden."""
+def paint(panels, bounds: dict[str, Bound], unigram: float) -> None:
+    """The loss by mask level of each network, and how much more it is than that of all levels."""
+    left, right = panels
+    ours = bounds["all levels"].curve
     for name, bound in bounds.items():
         N, counts, nats, errors = bound.curve
-        panel.errorbar([100 * m / N for m in counts], nats, errors, marker=".",
-                       label=f"{name}: NELBO {bound.nats:.2f}")
-    panel.axhline(unigram, color="grey", linestyle=":", label=f"unigram entropy: {unigram:.2f}")
-    panel.set(title="What each network knows", xlabel="share hidden, %",
-              ylabel="CE(m), nats per hidden token")
-    panel.figure.legend(loc="outside right center", title="learned at")
+        shares = [100 * m / N for m in counts]
+        left.errorbar(shares, nats, errors, marker=".", label=f"{name}: NELBO {bound.nats:.2f}")
+        right.plot(shares, [more - less for more, less in zip(nats, ours.nats, strict=True)], marker=".")
+    left.axhline(unigram, color="grey", linestyle=":", label=f"unigram entropy: {unigram:.2f}")
+    left.set(title="What each network knows", xlabel="share hidden, %", ylabel="CE(m), nats per hidden token")
+    right.set(title="The same, less that of all levels", xlabel="share hidden, %",
+              ylabel="nats per hidden token")
+    left.figure.legend(loc="outside right center", title="learned at")
 
 
 def conclude(bounds: dict[str, Bound], rows: dict[str, dict], unigram: float) -> None:
     """The answer, from the figures."""
-    bert, ours = rows["15%"], rows["all levels"]
-    best = min(rows, key=lambda name: rows[name]["nelbo"])
-    own = ours["ce"]["15%"] - bert["ce"]["15%"]
+    bert, half, ours = rows["15%"], rows["50%"], rows["all levels"]
+    ranking = sorted(rows, key=lambda name: rows[name]["nelbo"])
+
+    def more(row: dict, share: str) -> str:
+        return f"{row['ce'][share] - ours['ce'][share]:+.2f} at {share} hidden"
+
     answer(
-        f"the lowest NELBO, {rows[best]['nelbo']:.2f} nats per token, has the network that learned at "
-        f"{best}; the one that learned at 15% only has {bert['nelbo']:.2f}: with everything hidden it is "
-        f"{bert['ce']['100%'] - unigram:.2f} nats above the unigram entropy (all levels: "
-        f"{ours['ce']['100%'] - unigram:.2f}), and {bert['words']:.0%} of the words that it writes are words "
-        f"(all levels: {ours['words']:.0%}). At 15% hidden it is "
-        f"{abs(own):.2f} nats {'better' if own > 0 else 'worse'} than the network of all levels.",
+        "by NELBO, " + ", ".join(f"{name} {rows[name]['nelbo']:.2f}" for name in ranking) + ". Against all "
+        f"levels, learning at 15% only costs {bert['nelbo'] - ours['nelbo']:+.2f} nats per token ("
+        + ", ".join(more(bert, share) for share in ("15%", "50%", "100%"))
+        + f"; the last is {bert['ce']['100%'] - unigram:.2f} above the unigram entropy), and at 50% only "
+        f"{half['nelbo'] - ours['nelbo']:+.2f} (" + ", ".join(more(half, share) for share in half["ce"])
+        + f"). Known words when writing from nothing: {bert['words']:.0%}, {half['words']:.0%}, all levels "
+        f"{ours['words']:.0%}.",
         {"unigram": unigram, "rows": rows, "curves": {name: bound.curve for name, bound in bounds.items()}})
 
 
@@ -136,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, text in samples.items():
         print(f"\n--- learned at {name}, written from nothing:\n{text}")
     print()
-    draw(args.picture, lambda panel: paint(panel, bounds, unigram), width=9, height=4.5)
+    draw(args.picture, lambda panels: paint(panels, bounds, unigram), columns=2, width=6)
     conclude(bounds, rows, unigram)
 
 
