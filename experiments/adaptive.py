@@ -14,6 +14,7 @@ Columns, beside those of experiments/samplers.py:
     right   share of the hidden tokens that are restored exactly, and its standard error (fill)
 """
 
+import math
 import sys
 
 import torch
@@ -46,9 +47,9 @@ def hide(x_0: Tensor, share: float, mask_id: int) -> Tensor:
 def compare(twins: Twins, task: str, x_0: Tensor, x: Tensor, thresholds: list[float],
             temperature: float) -> list[dict]:
     """Two rows for each threshold, also printed: adaptive, and a fixed schedule of as many calls."""
-    rows = []
+    rows, hidden = [], int((x == twins.mask_id).sum(1).max())
     for threshold in thresholds:
-        calls = int((x == twins.mask_id).sum(1).max())  # the slowest pace: a token a call
+        calls = hidden  # the slowest pace: a token a call
         for how in (f"threshold {threshold:g}", "fixed"):
             adaptive = dict(threshold=threshold) if how != "fixed" else {}
             row, states = samplers.judged(twins, f"{task}, {how}", x, order="confidence", steps=calls,
@@ -58,8 +59,24 @@ def compare(twins: Twins, task: str, x_0: Tensor, x: Tensor, thresholds: list[fl
             share, error = right(states[-1].tokens, x, x_0, twins.mask_id)
             row |= {"right": share, "right_error": error} if task == "fill" else {"right": None}
             samplers.show(row)
-            rows.append(row | {"task": task, "threshold": threshold, "adaptive": bool(adaptive)})
+            rows.append(row | {"task": task, "hidden": hidden, "threshold": threshold,
+                               "adaptive": bool(adaptive)})
     return rows
+
+
+def paint(panels, real: dict[str, dict], rows: list[dict]) -> None:
+    """Three panels: what the calls of each way buy, with standard errors where there are some."""
+    for axes, (task, name, error, label) in zip(panels, (
+            ("free", "judge", "error", "free: nats per token under the twin"),
+            ("free", "entropy", None, "free: entropy of a text's tokens, nats"),
+            ("fill", "right", "right_error", "fill: share of hidden tokens restored")), strict=True):
+        for adaptive, how in ((True, "threshold"), (False, "fixed schedule of as many calls")):
+            line = [row for row in rows if (row["task"], row["adaptive"]) == (task, adaptive)]
+            axes.errorbar([row["calls"] for row in line], [row[name] for row in line],
+                          [row[error] for row in line] if error else None, fmt="o-", capsize=3, label=how)
+        axes.axhline(real[task][name], color="black", linestyle=":", label="real text")
+        axes.set(xlabel="model calls for a text", ylabel=label)
+    panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 @lab.command
@@ -87,28 +104,25 @@ def main(arguments: list[str] | None = None) -> None:
         samplers.show(real[task], heading=True)
         rows += compare(twins, task, x_0, x, args.thresholds, temperature)
 
-    def paint(panels) -> None:
-        for axes, (task, name, label) in zip(panels, (
-                ("free", "judge", "free: nats per token under the twin"),
-                ("free", "words", "free: share of words that exist"),
-                ("fill", "right", "fill: share of hidden tokens restored")), strict=True):
-            for adaptive, how in ((True, "threshold"), (False, "fixed schedule of as many calls")):
-                line = [row for row in rows if (row["task"], row["adaptive"]) == (task, adaptive)]
-                axes.plot([row["calls"] for row in line], [row[name] for row in line], "o-", label=how)
-            axes.set(xlabel="model calls for a text", ylabel=label)
-        panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    lab.draw(args.picture, lambda panels: paint(panels, real, rows), columns=3, width=4.4)
+    lab.answer(summary(rows), {"real": real, "rows": rows})
 
-    lab.draw(args.picture, paint, columns=3, width=4.4)
-    said, better = [], 0
+
+def summary(rows: list[dict]) -> str:
+    """Whether thresholds beat fixed schedules of as many calls by more than chance, and each comparison."""
+    said, better, worse = [], 0, 0
     for sure, fixed in zip(rows[::2], rows[1::2], strict=True):
-        better += sure["judge"] < fixed["judge"] if sure["task"] == "free" else sure["right"] > fixed["right"]
-        hidden = int((tasks[sure["task"]][1][0] == twins.mask_id).sum())
-        figures = (f"{sure['judge']:.2f} nats against {fixed['judge']:.2f}" if sure["task"] == "free" else
-                   f"{sure['right']:.1%} right against {fixed['right']:.1%} +- {fixed['right_error']:.1%}")
-        said.append(f"{sure['sampler']} takes {sure['calls']:.0f} calls for {hidden} tokens ({figures} of a "
-                    "fixed schedule)")
-    lab.answer(f"at equal calls a threshold beats the fixed schedule in {better} of {len(said)} comparisons: "
-               + "; ".join(said) + ".", {"real": real, "rows": rows})
+        if sure["task"] == "free":
+            gain, error = fixed["judge"] - sure["judge"], math.hypot(sure["error"], fixed["error"])
+            figures = f"{sure['judge']:.2f} nats against {fixed['judge']:.2f}"
+        else:
+            gain = sure["right"] - fixed["right"]
+            error = math.hypot(sure["right_error"], fixed["right_error"])
+            figures = f"{sure['right']:.1%} right against {fixed['right']:.1%}"
+        better, worse = better + (gain > 2 * error), worse + (gain < -2 * error)
+        said.append(f"{sure['sampler']}: {sure['calls']:.0f} calls for {sure['hidden']} tokens, {figures}")
+    return ("a threshold is better than a fixed schedule of as many calls, by more than two standard errors, "
+            f"in {better} of {len(said)} comparisons, and worse in {worse}: " + "; ".join(said) + ".")
 
 
 if __name__ == "__main__":

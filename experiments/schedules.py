@@ -158,9 +158,8 @@ def summary(table: dict, rows: list[dict]) -> str:
     gains = []
     for steps in STEPS:
         best = min(SCHEDULES, key=lambda name, steps=steps: table[name][steps])
-        gain = table[best][steps] - table["optimal"][steps]
-        gains.append(f"{gain:.3f} nats/token cheaper than {best} at {steps} steps")
-    said = ["the optimal schedule is " + ", ".join(gains)]
+        gains.append(f"{table['optimal'][steps] - table[best][steps]:+.3f} at {steps} steps ({best})")
+    said = ["what the optimal schedule costs beyond the best named one, in nats/token: " + ", ".join(gains)]
     for sampler in SAMPLERS:
         found = {row["schedule"]: row for row in rows if row["order"] == sampler}
         best = min(found, key=lambda name: found[name]["judge"])

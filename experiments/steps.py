@@ -27,6 +27,23 @@ SAMPLERS = {
 }
 
 
+def paint(panels, real: dict, lines: dict[str, list[dict]]) -> None:
+    """Three figures against model calls, a line for each sampler; its price beside the first."""
+    for axes, (name, label) in zip(panels, {
+            "judge": "nats per token under the twin", "words": "share of words that exist",
+            "entropy": "entropy of a text's tokens, nats"}.items(), strict=True):
+        for sampler, line in lines.items():
+            axes.plot([row["calls"] for row in line], [row[name] for row in line], "o-", label=sampler)
+        axes.axhline(real[name], color="black", linestyle=":", label="real text")
+        axes.set(xlabel="model calls", ylabel=label, xscale="log")
+        axes.set_xticks(calls := [row["calls"] for row in lines["random"]], [str(number) for number in calls])
+        axes.minorticks_off()
+    line = lines["random"]
+    panels[0].plot([row["calls"] for row in line], [row["price"] for row in line], "k--",
+                   label="exact price of random")
+    panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+
+
 @lab.command
 def main(arguments: list[str] | None = None) -> None:
     parser = samplers.flags("steps", __doc__)
@@ -52,30 +69,17 @@ def main(arguments: list[str] | None = None) -> None:
     lines = {sampler: sorted((row for row in rows if row["sampler"] == sampler), key=lambda row: row["steps"])
              for sampler in (*SAMPLERS, "left to right")}
 
-    def paint(panels) -> None:
-        for axes, (name, label) in zip(panels, {
-                "judge": "nats per token under the twin", "words": "share of words that exist",
-                "entropy": "entropy of a text's tokens, nats"}.items(), strict=True):
-            for sampler, line in lines.items():
-                axes.plot([row["calls"] for row in line], [row[name] for row in line], "o-", label=sampler)
-            axes.axhline(real[name], color="black", linestyle=":", label="real text")
-            axes.set(xlabel="model calls", ylabel=label, xscale="log")
-        random = lines["random"]
-        panels[0].plot([row["calls"] for row in random], [row["price"] for row in random], "k--",
-                       label="exact price of random")
-        panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-
-    lab.draw(args.picture, paint, columns=3, width=4.4)
+    lab.draw(args.picture, lambda panels: paint(panels, real, lines), columns=3, width=4.4)
     said = []
     for sampler, line in lines.items():
-        ends = [f"{row['judge']:.2f} nats and {row['words']:.0%} words after {row['calls']} calls"
+        ends = [f"{row['judge']:.2f} nats and {row['words']:.0%} words by {row['calls']}"
                 for row in (line[0], line[-1])][: len(line)]
-        said.append(f"{sampler}: " + ", ".join(ends))
+        said.append(f"{sampler} {', '.join(ends)}")
     best = min(rows, key=lambda row: samplers.distance(row, real))
-    lab.answer("; ".join(said) + f" (real text: {real['judge']:.2f} and {real['words']:.0%}). Nearest to "
-               f"real text in all figures: {best['sampler']} with {best['calls']} calls at "
-               f"{best['tokens_per_second']:,} tokens/s.",
-               {"real": real, "rows": rows, "curve": curve._asdict()})
+    lab.answer(
+        f"by model calls: {'; '.join(said)} (real text: {real['judge']:.2f} and {real['words']:.0%}). "
+        f"Nearest to real text in all figures: {best['sampler']} with {best['calls']} calls, "
+        f"{best['tokens_per_second']:,} tokens/s.", {"real": real, "rows": rows, "curve": curve._asdict()})
 
 
 if __name__ == "__main__":

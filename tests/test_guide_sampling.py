@@ -183,6 +183,17 @@ def test_a_sure_model_needs_one_call_and_an_unsure_one_as_many_as_tokens(twins, 
         assert (sure["calls"], fixed["calls"], sure["right"], fixed["right"]) == (calls, calls, 1.0, 1.0)
 
 
+def test_adaptive_decoding_is_better_only_beyond_two_standard_errors():
+    rows = [dict(sampler=how, task=task, calls=3.0, hidden=9, judge=judge, error=0.03, right=right,
+                 right_error=0.04) for how, task, judge, right in (
+        ("free a", "free", 1.00, 0), ("fixed", "free", 1.09, 0),  # 0.09 > 2 x 0.042
+        ("free b", "free", 1.00, 0), ("fixed", "free", 1.08, 0),
+        ("fill c", "fill", 0.00, 0.50), ("fixed", "fill", 0.00, 0.62))]  # 0.12 > 2 x 0.057
+    said = adaptive.summary(rows)
+    assert "in 1 of 3 comparisons, and worse in 1: free a: 3 calls for 9 tokens, 1.00 nats" in said
+    assert said.endswith("fill c: 3 calls for 9 tokens, 50.0% right against 62.0%.")
+
+
 # --- Each script to its end -----------------------------------------------------------------------
 
 FEW = ["--num-samples=3"]
