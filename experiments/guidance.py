@@ -12,6 +12,7 @@ modern ones (the last third), on different documents. One guides; the other judg
     words           share of their words that occur in the training text: what steering costs
 """
 
+import sys
 import time
 
 import numpy as np
@@ -233,4 +234,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ logits. The *logit lens* applies the head earlier: to the embedding, and after e
 """
 
 import itertools
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -209,4 +210,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,6 +19,8 @@ text, the last 64 tokens of a row, with a longer or shorter prompt before it. Na
 difference to "none", taken pair of rows by pair of rows.
 """
 
+import sys
+
 from torch import Tensor
 
 from configs import ConfigError, load
@@ -126,4 +128,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from configs import ConfigError
 from diffusion import Bound, corrupt, generate, keyed_generator, loss, nelbo
-from experiments.lab import OUT, answer, command, draw, flags
-from model import CheckpointError, choose_dtype, count_parameters, rotate
+from experiments.lab import OUT, answer, autocast, command, draw, flags
+from model import CheckpointError, count_parameters, rotate
 from prepare_data import DataError, TokenFile, get_tokenizer
 from train import can_compile, choose_device, keep_freed_memory
 
@@ -320,10 +320,6 @@ def check_length(length: int, config: RobertaConfig) -> None:
         raise ConfigError(f"--length {length} is more than the context length {config.context_length}")
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=choose_dtype("auto", device) == torch.bfloat16)
-
-
 def train(model: Roberta, tokens: Tensor, objective: str, steps: int, args: argparse.Namespace,
           label: str) -> Iterator[int]:
     """Train on random windows of `tokens` (n,); yield the number of each step when it is done.
@@ -340,7 +336,7 @@ def train(model: Roberta, tokens: Tensor, objective: str, steps: int, args: argp
                                generator=keyed_generator(1, step, "windows"))
         batch = corrupt(tokens.unfold(0, args.length, 1)[starts], model.mask_id,
                         keyed_generator(1, step, "mask"), objective, mask_ratio="bell", weighting="token")
-        with autocast(device):
+        with autocast(device.type):
             value = step_loss(model, batch.to(device))
         if not value.isfinite():
             raise ConfigError(f"the loss of step {step} is {value.item()}: choose a lower --learning-rate")
@@ -386,7 +382,7 @@ def pretrained(args: argparse.Namespace, device: torch.device) -> Path:
 def write(model: Roberta, encoding: tiktoken.Encoding, length: int) -> str:
     """A text from nothing, by the sampler that writes the quickstart's."""
     x = torch.full((1, length), model.mask_id, device=model.head_bias.device)
-    with autocast(x.device):
+    with autocast(x.device.type):
         tokens = generate(model, x, model.mask_id, steps=64, order="confidence", gumbel=1.0, remask="renoise",
                           temperature=0.5, generator=torch.Generator().manual_seed(1))
     return encoding.decode(tokens[0].tolist())
@@ -401,7 +397,7 @@ def diffuse(model: Roberta, weights: str, tokens: Tensor, x_0: Tensor, bits: flo
     bounds = {}
 
     def measure(step: int) -> None:
-        with autocast(x_0.device):
+        with autocast(x_0.device.type):
             bound = bounds[step] = nelbo(model, x_0, model.mask_id, batch_size=args.rows)
         print(f"{weights:12} {step:5}  {bound.nats:8.3f} +- {bound.stderr:.3f}  {bound.nats * bits:9.3f}",
               flush=True)

@@ -33,7 +33,7 @@ from bench.words import share_known, words
 from configs import ConfigError, Parser
 from diffusion import REMASKS, Model, State, denoise, evaluate, left_to_right_model
 from experiments import lab
-from model import CheckpointError, Transformer, choose_dtype, load_checkpoint
+from model import CheckpointError, Transformer, load_checkpoint
 from prepare_data import DataError, TokenFile, get_tokenizer
 
 ORDERS = {
@@ -101,14 +101,13 @@ def write(model: Model, x: Tensor, mask_id: int, seed: int = 1, **options) -> tu
 
     ConfigError for options that make no sense.
     """
-    fast = choose_dtype("auto", x.device) == torch.bfloat16
     states = denoise(model, x, mask_id, generator=Generator().manual_seed(seed), **options)
     started = time.perf_counter()
     try:
         first = next(states)  # bad options are refused here
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=fast):
+    with lab.autocast(x.device.type):
         return [first, *states], time.perf_counter() - started
 
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from bench.words import share_known, words
 from diffusion import Bound, generate, nelbo
-from experiments.lab import answer, command, draw, flags, trained
-from model import Transformer, choose_dtype, load_checkpoint
+from experiments.lab import answer, autocast, command, draw, flags, trained
+from model import Transformer, load_checkpoint
 from prepare_data import TokenFile, get_tokenizer
 
 RUNS = {
@@ -121,14 +121,13 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer, x_0 = get_tokenizer(train.tokenizer), torch.from_numpy(val.spread(args.rows, T))
     vocabulary = set(words(tokenizer.decode(train.tokens.tolist())))
     unigram = entropy(torch.from_numpy(val.tokens.astype("int64")))
-    fast = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
 
     print(f"\n{'learned at':12}{'NELBO <=':>18}" + "".join(f"{f'CE at {share:.0%}':>12}" for share in SHARES)
           + f"{'words':>8}{'entropy':>9}")
     bounds, rows, samples = {}, {}, {}
     for name, model in networks.items():
         x = torch.full((args.num_samples, T), mask_id)
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+        with autocast():
             bound = nelbo(model, x_0, mask_id, curve_points=20)
             written = generate(model, x, mask_id, args.sampling_steps,  # random places: the NELBO's sampler
                                generator=torch.Generator().manual_seed(1))

@@ -61,3 +61,9 @@ def test_no_file_edits_the_import_path():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
         if path != Path(__file__) and ".venv" not in path.parts:
             assert "sys.path" not in path.read_text(), path
+
+
+def test_every_command_passes_its_exit_code_on():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("experiments/*.py")]:
+        if '__name__ == "__main__"' in (text := path.read_text()):
+            assert text.rstrip().splitlines()[-1].startswith("    sys.exit(main("), path
