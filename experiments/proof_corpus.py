@@ -15,7 +15,7 @@ autoregressive twin, whose negative log-likelihood (NLL) is no bound but exact, 
 
     NELBO, NLL       during the training, on 512 rows of validation text
     gap              minus what the exact denoiser has, or the chain itself, on the same rows with the same
-                     masks: free of the luck of these rows, and so the network's error alone
+                     masks: most of these rows' luck cancels, and the network's error remains
     exact, trained   CE(m) of the exact denoiser and of the network, and last the NELBO, the mean over all m
 """
 
@@ -186,8 +186,8 @@ def paint(panels, H: float, unigram: float, runs: dict[str, list[dict]],
     right.plot(counts, [table[level][1] for level in levels], ".", markersize=9, label="the network")
     right.set(title="The loss by mask level", ylabel="CE(m), nats per hidden token",
               xlabel=f"m, hidden of {counts[-1]} tokens")
-    for panel in panels:
-        panel.legend()
+    for panel, place in zip(panels, ("center right", "upper right", "upper left"), strict=True):
+        panel.legend(loc=place)
 
 
 @command

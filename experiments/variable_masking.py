@@ -94,10 +94,10 @@ def conclude(bounds: dict[str, Bound], rows: dict[str, dict], unigram: float) ->
         return f"{row['ce'][share] - ours['ce'][share]:+.2f} at {share} hidden"
 
     answer(
-        "by NELBO, " + ", ".join(f"{name} {rows[name]['nelbo']:.2f}" for name in ranking) + ". Against all "
-        f"levels, learning at 15% only costs {bert['nelbo'] - ours['nelbo']:+.2f} nats per token ("
+        "by NELBO, " + ", ".join(f"{name} {rows[name]['nelbo']:.2f}" for name in ranking) + " nats "
+        f"per token. Beside all levels, learning at 15% only is {bert['nelbo'] - ours['nelbo']:+.2f} ("
         + ", ".join(more(bert, share) for share in ("15%", "50%", "100%"))
-        + f"; the last is {bert['ce']['100%'] - unigram:.2f} above the unigram entropy), and at 50% only "
+        + f"; the last is {bert['ce']['100%'] - unigram:.2f} above the unigram entropy), at 50% only "
         f"{half['nelbo'] - ours['nelbo']:+.2f} (" + ", ".join(more(half, share) for share in half["ce"])
         + f"). Known words when writing from nothing: {bert['words']:.0%}, {half['words']:.0%}, all levels "
         f"{ours['words']:.0%}.",

@@ -111,7 +111,7 @@ def test_the_nelbo_of_the_denoiser_is_the_entropy():
 
 
 def test_sampling_with_the_denoiser_reproduces_the_chain():
-    T, rows = 6, 6000
+    T, rows = 6, 20_000
     x = diffusion.generate(exact_denoiser(CHAIN, [0, 1, 2], S), masked(rows, T, S), S, steps=T,
                            generator=seeded(2))
     for t in range(T - 1):  # rows are independent of one another, the pairs of a row are not
