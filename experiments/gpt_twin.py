@@ -239,8 +239,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = lab.flags("gpt_twin", __doc__)
     parser.add_argument("--twin", type=Path, default=Path("out/quickstart-ar"), help="(default: %(default)s)")
     for flag, default, help in (("--rows", 512, "texts for the NELBO"),
-                                ("--chain-rows", 32, "texts priced by a model call a byte"),
-                                ("--hole-rows", 128, "texts with holes")):
+                                ("--chain-rows", 16, "texts priced by a model call a byte"),
+                                ("--hole-rows", 48, "texts with holes")):
         parser.add_argument(flag, type=int, default=default, help=f"{help} (default: {default})")
     parser.add_argument("--steps", type=int, nargs="+", default=[16, 64, 256], help="model calls to time")
     args = parser.parse_args(arguments)
@@ -264,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
         table, curve, profile = prices(model, twin, text, few, mask_id)
         print(f"\n{'what a text costs':46} nats/byte      +-  rows")
         for who, row in table.items():
-            print(f"{who:46} {row['nats']:9.3f} {row['stderr']:7.3f} {row['rows']:5}")
+            print(f"{who:46} {row['nats']:9.3f} {row['stderr']:7.3f} {row['rows']:5}", flush=True)
 
         speed = speeds(model, twin, torch.full((8, N), mask_id), mask_id, args.steps)
         print(f"\n{'speed, 8 texts at once':46} bytes/s")

@@ -67,13 +67,15 @@ def train_all(args) -> dict[str, Path]:
 
 
 def levels(evaluations: list[dict]) -> dict[float, list[float]]:
-    """{share hidden: CE at each evaluation}, at the levels of the first: later ones may have more."""
-    first = evaluations[0]["curve"]
-    found = {}
-    for m in first["counts"]:
-        curves = [point["curve"] for point in evaluations]
-        found[m / first["N"]] = [curve["nats"][curve["counts"].index(m)] for curve in curves]
-    return found
+    """{share hidden: CE at each evaluation but the last}: that has more levels, each on other rows."""
+    curves = [point["curve"] for point in evaluations[:-1]]
+    N, counts = curves[0]["N"], curves[0]["counts"]
+    return {m / N: [curve["nats"][i] for curve in curves] for i, m in enumerate(counts)}
+
+
+def name_of(share: float) -> str:
+    """A level as the table and the picture call it; the least is a single token."""
+    return f"{share:.0%}" if share > 0.01 else "one"
 
 
 def unigram(data_dir: str) -> float:
@@ -115,9 +117,9 @@ def paint(axes, runs: dict[str, dict], by_level: dict[float, list[float]], lette
     first, *others = axes.flat
     for share, nats in by_level.items():
         color = (1.0, 0.75 * (1 - share), 0.0) if share < 1 else "black"
-        first.plot(runs[good]["steps"], nats, color=color, label=f"{share:.0%}")
+        first.plot(runs[good]["steps"][:-1], nats, color=color, label=name_of(share))
     first.axhline(letters, color="grey", linestyle=":")
-    first.text(runs[good]["steps"][-1], letters + 0.05, "letter frequencies", ha="right", color="grey")
+    first.text(runs[good]["steps"][-2], letters + 0.05, "letter frequencies", ha="right", color="grey")
     first.set(title="Good: the loss by share hidden", ylabel="nats per hidden byte", xlabel="steps", ylim=0)
     first.legend(fontsize=8, ncols=3, loc="lower left", title="hidden")
     for axis, name in zip(others, bad, strict=True):
@@ -140,8 +142,8 @@ def read_run(folder: Path) -> dict[str, list]:
             "validation": [point["nats"] for point in evaluations]}
 
 
-def explain(args, model: Transformer, good: dict) -> dict[str, tuple[float, float]]:
-    """{what: (expected, measured)} for "why is my loss like this"."""
+def explain(args, model: Transformer, good: dict) -> dict[str, tuple[float | None, float]]:
+    """{what: (expected if that is known, measured)} for "why is my loss like this"."""
     N, V, mask_id = model.config.context_length, model.config.vocab_size, model.config.mask_id
     x_0 = torch.from_numpy(TokenFile(args.data_dir, "val").spread(4 * args.rows, N))
     torch.manual_seed(1)
@@ -153,11 +155,11 @@ def explain(args, model: Transformer, good: dict) -> dict[str, tuple[float, floa
     ratio = np.mean(losses["over all"]) / np.mean(losses["token"])
     spread = {name: float(np.std(values, ddof=1)) for name, values in losses.items()}
     return {"ln V: an untrained network": (math.log(V), untrained.nats),
-            LETTERS: (letters, levels(good["evaluations"])[1.0][-1]),
+            LETTERS: (letters, good["evaluations"][-1]["curve"]["nats"][-1]),
             "factor 2: over all tokens / over hidden ones": ((N + 1) / (2 * N), float(ratio)),
-            "spikes: deviation, hidden tokens alike": (math.nan, spread["token"]),
-            "spikes: deviation, weight 1/m": (math.nan, spread["1/m"]),
-            "spikes: deviation, weight 1/t and coins": (math.nan, spread["1/t"]),
+            "spikes: deviation, hidden tokens alike": (None, spread["token"]),
+            "spikes: deviation, weight 1/m": (None, spread["1/m"]),
+            "spikes: deviation, weight 1/t and coins": (None, spread["1/t"]),
             "height: NELBO, and the curve's mean height": (bound.nats, height(*bound.curve[1:3], N))}
 
 
@@ -195,9 +197,9 @@ def main(arguments: list[str] | None = None) -> None:
     runs = {name: read_run(folder) for name, folder in train_all(args).items()}
     good = runs["good"]
     by_level = levels(good["evaluations"])
-    shown = sorted({round(i * (len(good["steps"]) - 1) / 5) for i in range(6)})
+    shown = sorted({round(i * (len(good["steps"]) - 2) / 5) for i in range(6)})
     print("\nthe good run: nats per hidden byte, by share hidden\nstep "
-          + "".join(f"{share:>7.0%}" for share in by_level) + "  NELBO <=")
+          + "".join(f"{name_of(share):>7}" for share in by_level) + "  NELBO <=")
     for i in shown:
         print(f"{good['steps'][i]:5}" + "".join(f"{nats[i]:7.2f}" for nats in by_level.values())
               + f"{good['validation'][i]:10.3f}")
@@ -210,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         table = explain(args, model, good)
     print(f"\n{'why is my loss like this':47} {'expected':>8} {'measured':>8}")
     for what, (expected, measured) in table.items():
-        print(f"{what:47} {'' if math.isnan(expected) else f'{expected:.3f}':>8} {measured:8.3f}")
+        print(f"{what:47} {'' if expected is None else f'{expected:.3f}':>8} {measured:8.3f}")
 
     lab.draw(args.picture, lambda axes: paint(axes, runs, by_level, table[LETTERS][0]), columns=2, rows=2)
     lab.answer(sentence(runs, by_level), {"table": table, "levels": by_level, "runs": {
