@@ -1,6 +1,6 @@
 """Greedy, top-k or nucleus? python -m experiments.sampling_methods
 
-How the token of a place is drawn; the places are chosen at random, but for the first row:
+How the token of a place is drawn; the places are chosen at random, from left to right for the first row:
 
     greedy       the likeliest
     top-k        from the k likeliest
@@ -24,7 +24,7 @@ from torch import Tensor
 from experiments import lab, samplers
 
 METHODS = {
-    "greedy, surest first": dict(temperature=0.0, order="confidence"),
+    "greedy, left to right": dict(temperature=0.0, order="left_to_right"),
     "greedy": dict(temperature=0.0),
     "top-k 3": dict(top_k=3),
     "top-k 10": dict(top_k=10),
@@ -43,6 +43,13 @@ def shared_runs(tokens: Tensor, length: int = 4) -> float:
     runs = [set(map(tuple, row.unfold(0, length, 1).tolist())) for row in tokens]
     shares = [len(a & b) / len(a) for i, a in enumerate(runs) for j, b in enumerate(runs) if i != j]
     return sum(shares) / len(shares) if shares else float("nan")
+
+
+def paint(axes, real: dict, rows: list[dict]) -> None:
+    """Likelihood against entropy, without the first row: a single text."""
+    samplers.frontier(axes, real, {row["sampler"]: [row] for row in rows[1:]})
+    axes.set(title="Ways to draw a token")
+    axes.figure.legend(loc="outside right center")
 
 
 @lab.command
@@ -71,21 +78,16 @@ def main(arguments: list[str] | None = None) -> None:
     for method, text in zip(METHODS, texts, strict=True):
         print(f"{method:22} {text!r}")
 
-    def paint(axes) -> None:
-        samplers.frontier(axes, real, {row["sampler"]: [row] for row in rows})
-        axes.set(title=f"Ways to draw a token, {args.steps} model calls")
-        axes.figure.legend(loc="outside right center")
-
-    lab.draw(args.picture, paint, width=8, height=4.5)
+    lab.draw(args.picture, lambda axes: paint(axes, real, rows), width=8, height=4.5)
     fixed, greedy, everything = rows[0], rows[1], rows[-1]
     best = min(rows, key=lambda row: row["distance"])
     lab.answer(
-        f"two seeds of greedy agree on {fixed['same']:.0%} of the tokens when the surest place is next, and "
-        f"on {greedy['same']:.0%} when any is (drawing from everything: {everything['same']:.0%}). This one "
-        f"costs the twin {greedy['judge']:.2f} nats and shares {greedy['shared']:.0%} of its runs with "
-        f"each other text; everything {everything['judge']:.2f} and {everything['shared']:.0%}; real text "
-        f"{real['judge']:.2f} and {real['shared']:.0%}. Nearest to real text in all figures is "
-        f"{best['sampler']}.", {"steps": args.steps, "real": real, "rows": rows})
+        f"two seeds of greedy agree on {fixed['same']:.0%} of the tokens from left to right, on "
+        f"{greedy['same']:.0%} at random places (from everything: {everything['same']:.0%}). There it costs "
+        f"the twin {greedy['judge']:.2f} nats and shares {greedy['shared']:.0%} of its runs with each other "
+        f"text; everything {everything['judge']:.2f} and {everything['shared']:.0%}; real text has "
+        f"{real['judge']:.2f} and {real['shared']:.0%}. Nearest to it in all is {best['sampler']}.",
+        {"steps": args.steps, "real": real, "rows": rows})
 
 
 if __name__ == "__main__":

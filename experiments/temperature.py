@@ -1,8 +1,8 @@
 """Which temperature is best? python -m experiments.temperature
 
 Temperature tau draws a token from p^(1/tau), renormalised: 0 takes the likeliest, 1 believes the model, more
-than 1 flattens. Each is tried with three samplers: random places, the surest places first (with Gumbel
-noise), and that with remasking, sample.py's best. Columns, as in experiments/samplers.py:
+than 1 flattens. Each is tried with three orders: random places, the surest first (confidence, with Gumbel
+noise), and the clearest choice first (margin). Columns, as in experiments/samplers.py:
 
     judge, error   nats per token under the autoregressive twin, and the standard error over the texts
     entropy        of a text's own tokens, in nats
@@ -20,17 +20,29 @@ import torch
 
 from experiments import lab, samplers
 
-SAMPLERS = {
-    "random": dict(order="random"),
-    "confidence": dict(order="confidence", gumbel=1.0),
-    "confidence, renoised": dict(order="confidence", gumbel=1.0, remask="renoise"),
-}
+ORDERS = ("random", "confidence, gumbel 1", "margin")
 
 
 def best_temperatures(rows: list[dict]) -> dict[str, dict]:
-    """{sampler: its row nearest to real text}."""
-    return {sampler: min((row for row in rows if row["sampler"] == sampler), key=lambda row: row["distance"])
-            for sampler in SAMPLERS}
+    """{order: its row nearest to real text}."""
+    return {order: min((row for row in rows if row["sampler"] == order), key=lambda row: row["distance"])
+            for order in ORDERS}
+
+
+def paint(panels, real: dict, lines: dict[str, list[dict]]) -> None:
+    """The frontier of likelihood against entropy, and the distance from real text by temperature."""
+    left, right = panels
+    samplers.frontier(left, real, lines)
+    for line in lines.values():
+        right.plot([row["temperature"] for row in line], [row["distance"] for row in line], "o-")
+        for row in (line[0], line[-1]):
+            left.annotate(f"{row['temperature']:g}", (row["entropy"], row["judge"]), xytext=(6, -11),
+                          textcoords="offset points")
+    right.axvspan(0.5, 0.8, color="lightgrey", zorder=0)
+    left.set(title="Each order, from the first to the last temperature")
+    left.margins(x=0.1)
+    right.set(title="Is 0.5 to 0.8 best?", xlabel="temperature", ylabel="distance from real text")
+    left.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 @lab.command
@@ -46,37 +58,22 @@ def main(arguments: list[str] | None = None) -> None:
     real = samplers.judged_real(twins, args.num_samples)
     samplers.show(real | {"distance": 0.0}, heading=True)
     rows = []
-    for sampler, options in SAMPLERS.items():
+    for order in ORDERS:
         for temperature in args.temperatures:
-            options = options | dict(steps=args.steps, temperature=temperature)
-            row, _ = samplers.judged(twins, sampler, x, **options)
+            options = samplers.ORDERS[order] | dict(steps=args.steps, temperature=temperature)
+            row, _ = samplers.judged(twins, order, x, **options)
             rows.append(row | {"distance": samplers.distance(row, real)})
             samplers.show(rows[-1])
 
-    lines = {sampler: [row for row in rows if row["sampler"] == sampler] for sampler in SAMPLERS}
-
-    def paint(panels) -> None:
-        left, right = panels
-        samplers.frontier(left, real, lines)
-        for line in lines.values():
-            for row in (line[0], line[-1]):
-                left.annotate(f"{row['temperature']:g}", (row["entropy"], row["judge"]), xytext=(6, -11),
-                              textcoords="offset points")
-        for line in lines.values():
-            right.plot([row["temperature"] for row in line], [row["distance"] for row in line], "o-")
-        right.axvspan(0.5, 0.8, color="lightgrey", zorder=0)
-        left.set(title=f"Temperatures, {args.steps} model calls")
-        right.set(title="Is 0.5 to 0.8 best?", xlabel="temperature", ylabel="distance from real text")
-        left.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-
-    lab.draw(args.picture, paint, columns=2, height=4.5)
+    lines = {order: [row for row in rows if row["sampler"] == order] for order in ORDERS}
+    lab.draw(args.picture, lambda panels: paint(panels, real, lines), columns=2, height=4.5)
     best = best_temperatures(rows)
     inside = [row for row in best.values() if 0.5 <= row["temperature"] <= 0.8]
     lab.answer("nearest to real text is " + ", ".join(
-        f"temperature {row['temperature']:g} for {sampler}" for sampler, row in best.items())
-        + f": 'between 0.5 and 0.8' holds for {len(inside)} of {len(best)} samplers.",
+        f"temperature {row['temperature']:g} for {order}" for order, row in best.items())
+        + f": 'between 0.5 and 0.8' holds for {len(inside)} of {len(best)} orders.",
         {"steps": args.steps, "real": real, "rows": rows,
-         "best": {sampler: row["temperature"] for sampler, row in best.items()}})
+         "best": {order: row["temperature"] for order, row in best.items()}})
 
 
 if __name__ == "__main__":

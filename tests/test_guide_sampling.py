@@ -216,7 +216,7 @@ def test_sampling_methods_shows_who_repeats_himself(twins_flags, end):
     _, result = end(sampling_methods, [*twins_flags, *FEW, "--steps=4"])
     rows = {row["sampler"]: row for row in result["rows"]}
     assert list(rows) == list(sampling_methods.METHODS)
-    fixed = rows["greedy, surest first"]
+    fixed = rows["greedy, left to right"]
     assert (fixed["same"], fixed["shared"]) == (1.0, 1.0)
     assert rows["everything"]["same"] < 0.2 and rows["everything"]["shared"] < 0.2
 
@@ -224,12 +224,12 @@ def test_sampling_methods_shows_who_repeats_himself(twins_flags, end):
 def test_temperature_finds_the_row_nearest_to_real_text(twins_flags, end):
     lines, result = end(temperature, [*twins_flags, *FEW, "--steps=4", "--temperatures", "0", "0.5", "2"])
     assert [(row["sampler"], row["temperature"]) for row in result["rows"]] == [
-        (sampler, tau) for sampler in temperature.SAMPLERS for tau in (0, 0.5, 2)]
+        (sampler, tau) for sampler in temperature.ORDERS for tau in (0, 0.5, 2)]
     for sampler, tau in result["best"].items():
         line = [row for row in result["rows"] if row["sampler"] == sampler]
         assert min(line, key=lambda row: samplers.distance(row, result["real"]))["temperature"] == tau
     count = sum(0.5 <= tau <= 0.8 for tau in result["best"].values())
-    assert f"holds for {count} of 3 samplers" in lines[-1]
+    assert f"holds for {count} of 3 orders" in lines[-1]
 
 
 def test_steps_has_the_exact_price_beside_the_judged_ones(twins_flags, end):
