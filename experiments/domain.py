@@ -12,7 +12,7 @@ than 8 characters do not count, nor the first and last line of a sample, which a
     parse      share of the lines of samples that parse, with its standard error
     lines      how many there were to judge: a sampler may write none, but spaces
     different  share of different ones among the lines that parse: it may repeat one that does
-    filled     4 bytes inside a real line that parses are hidden and written anew: share that parse again
+    filled     8 bytes inside a real line that parses are hidden and written anew: share that parse again
     exact      share of these holes in which the very bytes of the real text were written
 
 Real text, its characters in random order and bytes drawn by their frequency say what a figure is worth.
@@ -41,14 +41,14 @@ Decode = Callable[[list[int]], str]
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 SAMPLERS = {
     "random, temperature 1": dict(order="random", temperature=1.0),
+    "the quickstart's": dict(order="confidence", gumbel=1.0, remask="renoise", temperature=0.5),
     "random, temperature 0.7": dict(order="random", temperature=0.7),
     "random, temperature 0.5": dict(order="random", temperature=0.5),
-    "random + renoise, temperature 0.7": dict(order="random", remask="renoise", temperature=0.7),
-    "the quickstart's": dict(order="confidence", gumbel=1.0, remask="renoise", temperature=0.5),
+    "margin + renoise, 0.5": dict(order="margin", remask="renoise", temperature=0.5),
 }
 SHORT = list(SAMPLERS)[:2]  # for the other model
 CHANCE = ("real text", "its lines shuffled", "bytes by frequency", "its bytes shuffled")
-HOLE = 4  # bytes
+HOLE = 8  # bytes
 
 
 def source_files(folder: Path) -> list[Path]:
