@@ -307,7 +307,6 @@ TEXTS = ["The house of the people was the first of the houses. " * 30, "It's a d
 @pytest.fixture
 def text_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(roberta_start, "can_compile", lambda: False)
     documents = [("train", [text]) for text in TEXTS] + [("val", [text]) for text in TEXTS]
     write_dataset(iter(documents), "byte", tmp_path / "data", "a test")
     return "data"
