@@ -1,4 +1,5 @@
 # make quickstart   install, fetch a corpus, train, write: 3 to 5 minutes on 2 CPU cores
+# make experiments  the learning guide's experiments, after make quickstart: docs/guide.md
 # make test         prove everything that is quick to prove
 # make test-slow    prove the rest
 # make test-reliability   kill, starve and deceive it for long: docs/reliability.md
@@ -9,7 +10,7 @@ BIN = .venv/bin
 # Linux: large pages for large tensors, with which a CPU trains up to 10% faster
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-slow test-reliability test-oldest lint clean
+.PHONY: quickstart experiments test test-slow test-reliability test-oldest lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
@@ -18,6 +19,18 @@ quickstart: .venv/installed
 		--steps 64 --order confidence --gumbel 1 --remask renoise --temperature 0.5 > out/quickstart/samples.txt
 	cat out/quickstart/samples.txt
 	$(BIN)/python -m bench.words data/sotu out/quickstart/samples.txt
+
+# In the order of docs/guide.md. What they train stays in out/experiments, for the next time.
+EXPERIMENTS = masking_viz training_dynamics schedules sampling_methods temperature steps adaptive \
+	variable_masking gpt_twin repetition custom_masking prefix_lengths layers guidance structured domain \
+	proof_corpus roberta_start
+experiments: .venv/installed-dev out/quickstart-ar/model.pt
+	set -e; for name in $(EXPERIMENTS); do \
+		echo; echo "== python -m experiments.$$name"; $(BIN)/python -m experiments.$$name; done
+
+out/quickstart-ar/model.pt: .venv/installed
+	$(BIN)/python train.py configs/quickstart.toml --objective autoregressive --out-dir out/quickstart-ar \
+		$(if $(wildcard out/quickstart-ar/state.pt),--resume)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not slow and not reliability"
