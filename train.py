@@ -417,7 +417,8 @@ def run(cfg: TrainConfig, signals: list[int]) -> None:
             optimizer.step()
             optimizer.zero_grad()
         decay = min(cfg.ema_decay, (step + 1) / (step + 10))  # a short memory at first
-        torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
+        with torch.no_grad():  # or else the averages would remember every step that made them
+            torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
         step += 1
         losses = torch.cat([losses, torch.tensor([value], dtype=torch.float64)])
 

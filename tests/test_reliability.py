@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import train as training
-from diffusion import evaluate
+from diffusion import Bound, evaluate
 from model import load_checkpoint, read_checkpoint_file
 from prepare_data import TokenFile, write_dataset
 from train import main
@@ -490,6 +490,19 @@ def test_memory_and_file_handles_stay_flat(data, tmp_path, runs, steps, figure):
            f"{last / 1e6:.1f} MB ({last / first - 1:+.2%}); {min(handles)} to {max(handles)} file handles; "
            f"{early:,.0f} tokens/s, then {late:,.0f}")
     assert last / first < 1.02 and max(handles) == min(handles) and len(samples) > 10
+
+
+def test_the_averages_keep_no_history(data, tmp_path, monkeypatch):
+    # In a graph they would keep a node for each matrix and step: 5 KB a step here, gigabytes in a long run.
+    seen = []
+
+    def evaluate(model, *arguments, **options):
+        seen.extend(parameter.requires_grad for parameter in model.parameters())
+        return Bound(1.0, 0.1, None)
+
+    monkeypatch.setattr("train.evaluate", evaluate)
+    assert main(flags(data, tmp_path / "out")) == 0
+    assert seen and not any(seen)
 
 
 # ---- the first format -----------------------------------------------------------------------------
