@@ -249,4 +249,4 @@ def test_a_network_that_learned_at_one_level_does_not_know_the_others(here, caps
     rows, unigram = result["rows"], result["unigram"]
     assert rows["15%"]["ce"]["100%"] >= unigram - 0.05
     assert rows["15%"]["ce"]["100%"] > rows["all levels"]["ce"]["100%"]
-    assert rows["all levels"]["nelbo"] + 3 * rows["all levels"]["stderr"] < rows["15%"]["nelbo"]
+    assert rows["all levels"]["nelbo"] + 0.01 < rows["15%"]["nelbo"]  # of the very same rows and masks
