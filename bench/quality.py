@@ -30,12 +30,11 @@ from torch import Generator
 from bench.plain import PlainTransformer, train_plainly
 from configs import ConfigError, Parser, load
 from diffusion import REMASKS, denoise, left_to_right_model, nelbo
+from experiments.lab import TRAIN
 from experiments.samplers import ORDERS, figures, load_twins, real_text
 from model import CheckpointError, ModelConfig, count_parameters
 from prepare_data import DataError, TokenFile
 from train import TrainConfig, choose_device, show
-
-TRAIN = Path(__file__).parent.parent / "train.py"
 
 
 class Point(NamedTuple):

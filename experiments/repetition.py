@@ -71,12 +71,10 @@ def paint(axes, runs: dict[str, dict]) -> None:
 @lab.command
 def main(arguments: list[str] | None = None) -> None:
     parser = lab.flags("repetition", __doc__)
-    parser.add_argument("--tokens", type=int, default=32768, help="of the small corpus (default: 32768)")
-    parser.add_argument("--steps", type=int, default=800, help="of each run (default: 800)")
+    parser.add_argument("--tokens", type=lab.count, default=32768, help="of the corpus (default: 32768)")
+    parser.add_argument("--steps", type=lab.count, default=800, help="of each run (default: 800)")
     parser.add_argument("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
     args = parser.parse_args(arguments)
-    if args.tokens < 1 or args.steps < 1:
-        parser.error("--tokens and --steps must be at least 1")
     corpus = lab.small_corpus(args.data_dir, args.tokens, lab.OUT / "repetition-data")
     tokens = TokenFile(corpus, "train").num_tokens
     interval = str(max(1, args.steps // 20))

@@ -111,13 +111,17 @@ def write(model: Model, x: Tensor, mask_id: int, seed: int = 1, **options) -> tu
         return [first, *states], time.perf_counter() - started
 
 
+def entropy(tokens: Tensor) -> float:
+    """In nats, of the frequencies of these tokens (n,)."""
+    return torch.special.entr(tokens.bincount() / len(tokens)).sum().item()
+
+
 def figures(twins: Twins, tokens: Tensor) -> dict[str, float]:
     """What the table says of finished texts (n,T)."""
     bound = evaluate(twins.judge, tokens, twins.mask_id, "autoregressive")
     runs = tokens.unfold(1, 3, 1).reshape(-1, 3)
-    entropies = [torch.special.entr(row.bincount() / len(row)).sum().item() for row in tokens]
     known, _ = share_known("\n".join(twins.decode(row) for row in tokens.tolist()), twins.vocabulary)
-    return {"judge": bound.nats, "error": bound.stderr, "entropy": sum(entropies) / len(entropies),
+    return {"judge": bound.nats, "error": bound.stderr, "entropy": sum(map(entropy, tokens)) / len(tokens),
             "distinct": len(runs.unique(dim=0)) / len(runs), "words": known}
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from bench.words import share_known, words
 from diffusion import Bound, generate, nelbo
 from experiments.lab import answer, autocast, command, draw, flags, trained
+from experiments.samplers import entropy
 from model import Transformer, load_checkpoint
 from prepare_data import TokenFile, get_tokenizer
 
@@ -50,11 +51,6 @@ def train_all(data_dir: str, steps: str, settings: list[str]) -> dict[str, Trans
                          "--final-eval-rows", "64", *masking, *settings)
         networks[name], _ = load_checkpoint(folder)
     return networks
-
-
-def entropy(tokens: Tensor) -> float:
-    """In nats, of the frequencies of these tokens (n,)."""
-    return torch.special.entr(tokens.bincount() / len(tokens)).sum().item()
 
 
 def about_text(rows: Tensor, tokenizer: tiktoken.Encoding, vocabulary: set[str]) -> dict[str, float]:
