@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-PIECE = 1 << 20  # long texts are tokenized in pieces of about this many bytes
+PIECE = 1 << 18  # bytes: long texts are tokenized in pieces; tiktoken panics at a million spaces in one
 
 
 class DataError(Exception):

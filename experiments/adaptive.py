@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
                         help="(default: 0.5 0.7 0.9)")
     parser.add_argument("--length", type=lab.count, default=128, help="tokens of a text (default: 128)")
     parser.add_argument("--share", type=float, default=0.25, help="hidden in the second task (default: 0.25)")
-    parser.add_argument("--fill-samples", type=lab.count, default=64, help="texts of it (default: 64)")
+    parser.add_argument("--fill-samples", type=lab.several, default=64, help="texts of it (default: 64)")
     args = parser.parse_args(arguments)
     if not 0 < args.share <= 1:
         parser.error(f"--share must be in (0, 1], not {args.share}")

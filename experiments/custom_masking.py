@@ -103,13 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:
         sys.exit(train(arguments[1:]))
-    parser = lab.flags("custom_masking", __doc__)
+    parser = lab.flags("custom_masking", __doc__, checkpoint=False)
     add = parser.add_argument
     add("--ratios", nargs="+", default=["bell", *(name for name in ALL if name != "bell")], choices=ALL,
         metavar="NAME", help=f"of {', '.join(ALL)}; the first is compared with (default: all, bell first)")
     add("--config", default="configs/quickstart.toml", help="(default: the quickstart's)")
     add("--steps", type=lab.count, default=200, help="of training, each (default: 200)")
-    add("--rows", type=lab.count, default=512, help="windows of validation text (default: 512)")
+    add("--rows", type=lab.several, default=512, help="windows of validation text (default: 512)")
     args = parser.parse_args(arguments)
 
     pairs, curves, hidden = {}, {}, {}

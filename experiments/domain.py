@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--num-samples", type=lab.count, default=32, help="texts of each sampler (default: 32)")
     add("--sampling-steps", type=lab.count, default=64, help="to write them in (default: 64)")
     add("--holes", type=lab.count, default=160, help="to fill (default: 160)")
-    add("--rows", type=lab.count, default=384, help="windows of validation text (default: 384)")
+    add("--rows", type=lab.several, default=384, help="windows of validation text (default: 384)")
     args = parser.parse_args(arguments)
     english, info = load_checkpoint(args.checkpoint)
     decode = get_tokenizer(info["tokenizer"]).decode

@@ -241,12 +241,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for flag, default, help in (("--rows", 512, "texts for the NELBO"),
                                 ("--chain-rows", 16, "texts priced by a model call a byte"),
                                 ("--hole-rows", 48, "texts with holes")):
-        parser.add_argument(flag, type=int, default=default, help=f"{help} (default: {default})")
-    parser.add_argument("--steps", type=int, nargs="+", default=[16, 64, 256], help="model calls to time")
-    args = parser.parse_args(arguments)
-    if min(args.rows, args.chain_rows, args.hole_rows) < 2 or min(args.steps) < 1:
-        parser.error("--rows, --chain-rows and --hole-rows must be at least 2, --steps at least 1")
-    return args
+        parser.add_argument(flag, type=lab.several, default=default, help=f"{help} (default: {default})")
+    parser.add_argument("--steps", type=lab.count, nargs="+", default=[16, 64, 256],
+                        help="model calls to time (default: 16 64 256)")
+    return parser.parse_args(arguments)
 
 
 @lab.command

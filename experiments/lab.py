@@ -45,11 +45,16 @@ def command(main: Callable) -> Callable[..., int]:
     return wrapped
 
 
-def flags(name: str, doc: str) -> Parser:
-    """A parser with what all experiments take; `doc` is the module's, whose first line is the question."""
+def flags(name: str, doc: str, checkpoint: bool = True, data_dir: bool = True) -> Parser:
+    """A parser with what all experiments take, or without the flag of a folder that this one does not read.
+
+    doc: of the module; its first line is the question.
+    """
     parser = Parser(prog=f"experiments.{name}", description=doc.split("\n")[0])
-    parser.add_argument("--checkpoint", default="out/quickstart", help="(default: %(default)s)")
-    parser.add_argument("--data-dir", default="data/sotu", help="(default: %(default)s)")
+    if checkpoint:
+        parser.add_argument("--checkpoint", default="out/quickstart", help="(default: %(default)s)")
+    if data_dir:
+        parser.add_argument("--data-dir", default="data/sotu", help="(default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=OUT / f"{name}.png", help="the PNG to draw")
     return parser
 
@@ -58,6 +63,13 @@ def count(text: str) -> int:
     """The type of a flag that counts something: 1 or more."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def several(text: str) -> int:
+    """The type of a flag that counts what a standard error is taken over: 2 or more."""
+    if (number := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, not {number}")
     return number
 
 

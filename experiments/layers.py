@@ -159,7 +159,7 @@ def conclude(ce: Tensor, shares: Tensor) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = lab.flags("layers", __doc__)
     add = parser.add_argument
-    add("--rows", type=lab.count, default=64, help="windows of validation text for the losses (default: 64)")
+    add("--rows", type=lab.several, default=64, help="validation texts for the losses (default: 64)")
     add("--num-samples", type=lab.count, default=8, help="texts to write (default: 8)")
     add("--steps", type=lab.count, default=64, help="to write them in (default: 64)")
     add("--prefix", default="The state of the Union is ", help="given text that they begin with")

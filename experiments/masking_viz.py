@@ -75,7 +75,7 @@ def paint_curve(axes, curve: Curve, steps: int) -> None:
 @lab.command
 def main(arguments: list[str] | None = None) -> None:
     parser = lab.flags("masking_viz", __doc__)
-    parser.add_argument("--rows", type=lab.count, default=64, help="texts to measure CE on (default: 64)")
+    parser.add_argument("--rows", type=lab.several, default=64, help="texts to measure CE on (default: 64)")
     parser.add_argument("--width", type=lab.count, default=64, help="places to show (default: 64)")
     parser.add_argument("--prefix-length", type=int, default=16, help="places preserved (default: 16)")
     parser.add_argument("--steps", type=lab.count, default=20, help="of the sampler (default: 20)")

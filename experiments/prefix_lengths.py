@@ -94,7 +94,7 @@ def conclude(terms: dict[str, Terms]) -> str:
 
 @lab.command
 def main(arguments: list[str] | None = None) -> None:
-    parser = lab.flags("prefix_lengths", __doc__)
+    parser = lab.flags("prefix_lengths", __doc__, checkpoint=False)
     add = parser.add_argument
     add("--config", default="configs/quickstart.toml", help="(default: the quickstart's)")
     add("--steps", type=lab.count, default=200, help="of training (default: 200)")
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--longest", type=lab.count, default=128, help="the longest drawn prefix (default: 128)")
     add("--prompts", type=int, nargs="+", default=[0, 16, 32, 64, 128, 192], help="lengths to measure at")
     add("--end", type=lab.count, default=64, help="last tokens of a row, always scored (default: 64)")
-    add("--rows", type=lab.count, default=384, help="windows of validation text (default: 384)")
+    add("--rows", type=lab.several, default=384, help="windows of validation text (default: 384)")
     args = parser.parse_args(arguments)
 
     T = load(TrainConfig, args.config).context_length

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bench.quality import read_run
 from diffusion import Model, draw_mask, draw_num_masked, keyed_generator, mean_and_error, nelbo, row_losses
-from experiments.lab import OUT, answer, command, draw, flags, trained
+from experiments.lab import OUT, answer, command, draw, flags, several, trained
 from model import load_checkpoint
 from prepare_data import TokenFile, get_tokenizer, write_dataset
 
@@ -192,12 +192,12 @@ def paint(panels, H: float, unigram: float, runs: dict[str, list[dict]],
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    parser = flags("proof_corpus", __doc__)
+    parser = flags("proof_corpus", __doc__, checkpoint=False, data_dir=False)
     parser.add_argument("--tokens", type=int, default=2_000_000, help="of training text (default: 2 million)")
-    parser.add_argument("--rows", type=int, default=2048, help="of validation text (default: 2048)")
+    parser.add_argument("--rows", type=several, default=2048, help="of validation text (default: 2048)")
     args, settings = parser.parse_known_args(arguments)  # what else is given goes to train.py
-    if args.tokens < 5 or args.rows < 2:
-        parser.error("--tokens must be at least 5, --rows at least 2")
+    if args.tokens < 5:
+        parser.error(f"--tokens must be at least 5, not {args.tokens}")
 
     chain, data_dir = make_chain(len(LETTERS), seed=0), OUT / "proof-corpus/data"
     write_corpus(chain, data_dir, args.tokens)

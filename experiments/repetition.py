@@ -70,7 +70,7 @@ def paint(axes, runs: dict[str, dict]) -> None:
 
 @lab.command
 def main(arguments: list[str] | None = None) -> None:
-    parser = lab.flags("repetition", __doc__)
+    parser = lab.flags("repetition", __doc__, checkpoint=False)
     parser.add_argument("--tokens", type=lab.count, default=32768, help="of the corpus (default: 32768)")
     parser.add_argument("--steps", type=lab.count, default=800, help="of each run (default: 800)")
     parser.add_argument("--config", default="configs/quickstart.toml", help="(default: %(default)s)")

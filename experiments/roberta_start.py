@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from configs import ConfigError
 from diffusion import Bound, corrupt, generate, keyed_generator, loss, nelbo
-from experiments.lab import OUT, answer, autocast, command, draw, flags, pair_nelbos
+from experiments.lab import OUT, answer, autocast, command, count, draw, flags, pair_nelbos
 from model import CheckpointError, count_parameters, rotate
 from prepare_data import DataError, TokenFile, get_tokenizer
 from train import choose_device, keep_freed_memory
@@ -459,17 +459,14 @@ def conclusion(runs: dict[str, dict[int, Bound]], detour: Tensor, frequencies: f
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = flags("roberta_start", __doc__)
     add = parser.add_argument
-    add("--pretrain-steps", type=int, default=600, help="without --checkpoint, at 15%% (default: 600)")
-    add("--steps", type=int, default=200, help="of diffusion training (default: 200)")
-    add("--rows", type=int, default=32, help="of a step (default: 32)")
-    add("--length", type=int, default=64, help="tokens of a row (default: 64)")
+    add("--pretrain-steps", type=count, default=600, help="without --checkpoint, at 15%% (default: 600)")
+    add("--steps", type=count, default=200, help="of diffusion training (default: 200)")
+    add("--rows", type=count, default=32, help="of a step (default: 32)")
+    add("--length", type=count, default=64, help="tokens of a row (default: 64)")
     add("--learning-rate", type=float, help="(default: 3e-4; with --checkpoint 1e-4)")
     add("--eval-rows", type=int, default=256, help="rows of validation text (default: 256)")
     parser.set_defaults(checkpoint=None)
     args = parser.parse_args(arguments)
-    for name in ("pretrain_steps", "steps", "rows", "length"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.eval_rows < 4 or args.eval_rows % 2:
         raise ConfigError(f"--eval-rows must be even and at least 4, not {args.eval_rows}")
     if args.learning_rate is None:

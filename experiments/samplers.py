@@ -67,7 +67,7 @@ def flags(name: str, doc: str, num_samples: int = 16) -> Parser:
     """lab.flags, and those of writing and judging."""
     parser = lab.flags(name, doc)
     parser.add_argument("--judge", default="out/quickstart-ar", help="(default: out/quickstart-ar)")
-    parser.add_argument("--num-samples", type=lab.count, default=num_samples,
+    parser.add_argument("--num-samples", type=lab.several, default=num_samples,
                         help=f"texts of each row of the table (default: {num_samples})")
     return parser
 

@@ -186,10 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
                                 ("--starved-tokens", 4096, "of the small corpus"),
                                 ("--batches", 200, "to measure spikes"),
                                 ("--batch-rows", 8, "of each batch")):
-        parser.add_argument(flag, type=int, default=default, help=f"{help} (default: {default})")
+        parser.add_argument(flag, type=lab.several, default=default, help=f"{help} (default: {default})")
     args = parser.parse_args(arguments)
-    if min(args.steps, args.rows, args.starved_tokens, args.batches, args.batch_rows) < 2:
-        parser.error("--steps, --rows, --starved-tokens, --batches and --batch-rows must be at least 2")
     model, info = load_checkpoint(args.checkpoint)
     if info["config"]["objective"] != "diffusion":
         raise ConfigError(f"{args.checkpoint} is of objective {info['config']['objective']}, not diffusion")

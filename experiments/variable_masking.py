@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench.words import share_known, words
 from diffusion import Bound, generate, nelbo
-from experiments.lab import answer, autocast, command, draw, flags, trained
+from experiments.lab import answer, autocast, command, count, draw, flags, several, trained
 from experiments.samplers import entropy
 from model import Transformer, load_checkpoint
 from prepare_data import TokenFile, get_tokenizer
@@ -102,14 +102,12 @@ def conclude(bounds: dict[str, Bound], rows: dict[str, dict], unigram: float) ->
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    parser = flags("variable_masking", __doc__)
+    parser = flags("variable_masking", __doc__, checkpoint=False)
     parser.add_argument("--steps", default="300", help="of each training run (default: 300)")
-    parser.add_argument("--rows", type=int, default=512, help="of validation text (default: 512)")
-    parser.add_argument("--num-samples", type=int, default=8, help="texts that each writes (default: 8)")
-    parser.add_argument("--sampling-steps", type=int, default=128, help="model calls for them (default: 128)")
+    parser.add_argument("--rows", type=several, default=512, help="of validation text (default: 512)")
+    parser.add_argument("--num-samples", type=count, default=8, help="texts that each writes (default: 8)")
+    parser.add_argument("--sampling-steps", type=count, default=128, help="to write them in (default: 128)")
     args, settings = parser.parse_known_args(arguments)  # what else is given goes to train.py
-    if args.rows < 2 or min(args.num_samples, args.sampling_steps) < 1:
-        parser.error("--rows must be at least 2, --num-samples and --sampling-steps at least 1")
 
     train, val = TokenFile(args.data_dir, "train"), TokenFile(args.data_dir, "val")
     networks = train_all(args.data_dir, args.steps, settings)

@@ -136,6 +136,15 @@ def test_every_text_comes_back_whole(tmp_path, gpt2, name):
     assert texts_of(tmp_path / "out", "val", tokenizer) == TRICKY[9:]
 
 
+@pytest.mark.parametrize("blank", [" ", "\n"])
+def test_a_million_spaces_are_tokenized_in_pieces(tmp_path, gpt2, blank):
+    text = f"a {blank * 1_020_000}b"  # in one piece, tiktoken's regular expression gives up by a panic
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    pieces = list(prepare_data.read_text(path))
+    assert "".join(gpt2.decode(gpt2.encode_ordinary(piece)) for piece in pieces) == text
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text())
 def test_byte_tokens_are_the_bytes_of_the_text(text):

@@ -277,7 +277,7 @@ def test_the_grid_has_every_order_and_remasking():
     (adaptive, ["--thresholds=2"], "threshold must be in (0, 1], not 2.0"),
     (adaptive, ["--share=0"], "--share must be in (0, 1], not 0.0"),
     (steps, ["--steps=0"], "must be at least 1, not 0"),
-    (sampling_methods, ["--num-samples=0"], "must be at least 1, not 0"),
+    (sampling_methods, ["--num-samples=1"], "must be at least 2, not 1"),
     (schedules, ["--rows=3"], "--rows must be at least 4, not 3"),
     (samplers, ["--checkpoint=nowhere"], "nowhere/model.pt does not exist"),
     (samplers, ["--judge=nowhere"], "configs/quickstart.toml --objective autoregressive --out-dir nowhere"),

@@ -353,7 +353,7 @@ def test_a_folder_of_the_users_own(text_folder, published, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--steps=0"], "--steps must be at least 1, not 0"),
+    (["--steps=0"], "argument --steps: must be at least 1, not 0"),
     (["--length=600", "--pretrain-steps=1"], "--length 600 is more than"),
     (["--data-dir=nowhere"], "run prepare_data.py"),
     (["--checkpoint=nowhere"], "nowhere/config.json: No such file"),
