@@ -1,5 +1,6 @@
 # make quickstart   install, fetch a corpus, train, write: 3 to 5 minutes on 2 CPU cores
 # make experiments  the learning guide's experiments, after make quickstart: docs/guide.md
+# make twin         what they begin with: their packages, and GPT's twin of the quickstart
 # make test         prove everything that is quick to prove
 # make test-slow    prove the rest
 # make test-reliability   kill, starve and deceive it for long: docs/reliability.md
@@ -10,7 +11,7 @@ BIN = .venv/bin
 # Linux: large pages for large tensors, with which a CPU trains up to 10% faster
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart experiments test test-slow test-reliability test-oldest lint clean
+.PHONY: quickstart experiments twin test test-slow test-reliability test-oldest lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
@@ -24,10 +25,11 @@ quickstart: .venv/installed
 EXPERIMENTS = masking_viz training_dynamics schedules sampling_methods temperature steps adaptive \
 	variable_masking gpt_twin repetition custom_masking prefix_lengths layers guidance structured domain \
 	proof_corpus roberta_start
-experiments: .venv/installed-dev out/quickstart-ar/model.pt
+experiments: twin
 	set -e; for name in $(EXPERIMENTS); do \
 		echo; echo "== python -m experiments.$$name"; $(BIN)/python -m experiments.$$name; done
 
+twin: .venv/installed-dev out/quickstart-ar/model.pt
 out/quickstart-ar/model.pt: .venv/installed
 	$(BIN)/python train.py configs/quickstart.toml --objective autoregressive --out-dir out/quickstart-ar \
 		$(if $(wildcard out/quickstart-ar/state.pt),--resume)

@@ -141,7 +141,7 @@ def paint(axes, ce: Tensor, shares: Tensor, weights: Tensor, places: list[str], 
         axis.set(title=f"block {layer + 1}, head {head + 1}: {name}", xlabel=f"looked at ({HIDDEN} hidden)",
                  ylabel="looking")
         for ticks in (axis.set_xticks, axis.set_yticks):
-            ticks(range(n), places, family="DejaVu Sans Mono", fontsize=7)
+            ticks(range(n), places, family="DejaVu Sans Mono", fontsize=8)
 
 
 def conclude(ce: Tensor, shares: Tensor) -> str:

@@ -175,6 +175,7 @@ def paint(panels, H: float, unigram: float, runs: dict[str, list[dict]],
         middle.plot(seconds, [100 * point["gap"] / H for point in run], marker=".", label=name)
     left.axhline(unigram, color="grey", linestyle=":", label=f"entropy of a token alone, {unigram:.3f}")
     left.axhline(H, color="black", linestyle="--", label=f"exact entropy, {H:.3f}")
+    left.margins(y=0.1)  # the upper line would lie on the frame
     left.set(title="The bound and what it bounds", ylabel="nats per token", xlabel="seconds of training")
     middle.axhline(1, color="black", linestyle="--", label="1%")
     middle.set(title="The gap is the network's error", ylabel="gap, % of the entropy", yscale="log",

@@ -418,12 +418,13 @@ def paint(axes, runs: dict[str, dict[int, Bound]], curves: dict[str, Bound], fre
     for weights, bounds in runs.items():
         left.errorbar(list(bounds), [bound.nats for bound in bounds.values()],
                       [bound.stderr for bound in bounds.values()], marker="o", label=f"{weights} weights")
-    left.set(title="A head start", xlabel="steps of diffusion training", ylabel="NELBO <=, nats per token")
+    left.set(title="From both starts", xlabel="steps of diffusion training",
+             ylabel="NELBO <=, nats per token")
     for label, bound in curves.items():
         N, counts, nats, _ = bound.curve
         right.plot([m / N for m in counts], nats, marker=".", label=label)
     right.axhline(frequencies, linestyle=":", color="black", label="frequencies alone")
-    right.set(title="What 15% did not teach", xlabel="share hidden", ylabel="CE(m), nats per hidden token")
+    right.set(title="The loss by mask level", xlabel="share hidden", ylabel="CE(m), nats per hidden token")
     for axis in axes:
         axis.legend()
 

@@ -34,10 +34,10 @@ def paint(panels, real: dict, lines: dict[str, list[dict]]) -> None:
     left, right = panels
     samplers.frontier(left, real, lines)
     for line in lines.values():
-        right.plot([row["temperature"] for row in line], [row["distance"] for row in line], "o-")
+        (drawn,) = right.plot([row["temperature"] for row in line], [row["distance"] for row in line], "o-")
         for row in (line[0], line[-1]):
-            left.annotate(f"{row['temperature']:g}", (row["entropy"], row["judge"]), xytext=(6, -11),
-                          textcoords="offset points")
+            left.annotate(f"{row['temperature']:g}", (row["entropy"], row["judge"]), xytext=(5, -12),
+                          textcoords="offset points", color=drawn.get_color())
     right.axvspan(0.5, 0.8, color="lightgrey", zorder=0)
     left.set(title="Each order, from the first to the last temperature")
     left.margins(x=0.1)

@@ -130,7 +130,11 @@ def paint(axes, runs: dict[str, dict], by_level: dict[float, list[float]], lette
             axis.plot(runs[run]["steps"], validation, color=color, label=f"{run}: validation NELBO")
         worst = max(max(runs[name]["training"]), max(runs[name]["validation"]))
         axis.set(title=SIGNS[name], xlabel="steps", ylabel="nats per byte")
-        axis.set_yscale("log") if worst > 10 else axis.set_ylim(0)
+        if worst > 10:
+            axis.set(yscale="log", yticks=(ticks := [2, 5, 10, 20, 50]), yticklabels=ticks)
+            axis.minorticks_off()
+        else:
+            axis.set_ylim(0)
         axis.legend(fontsize=8)
 
 
