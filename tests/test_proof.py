@@ -209,7 +209,8 @@ def test_variable_masking_runs_from_end_to_end(here, capsys):
 
 @pytest.mark.parametrize("script, arguments, message", [
     (proof_corpus, ["--tokens=0"], "--tokens must be at least 5"),
-    (variable_masking, ["--num-samples=0"], "--num-samples and --sampling-steps at least 1"),
+    (variable_masking, ["--num-samples=0"], "--num-samples: must be at least 1, not 0"),
+    (variable_masking, ["--rows=1"], "--rows: must be at least 2, not 1"),
     (proof_corpus, ["--tokens=many"], "invalid int value: 'many'"),
     (variable_masking, ["--data-dir=nowhere"], "run prepare_data.py"),
 ])

@@ -361,9 +361,12 @@ def test_a_folder_of_the_users_own(text_folder, published, capsys):
     (["--learning-rate=1e30", "--pretrain-steps=9"], "choose a lower --learning-rate"),
 ])
 def test_a_mistake_gets_one_line(arguments, message, text_folder, capsys):
-    assert tiny(text_folder, *arguments) == 2
+    try:
+        code = tiny(text_folder, *arguments)
+    except SystemExit as ending:
+        code = ending.code
     error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
+    assert code == 2 and message in error and len(error.splitlines()) == 1
 
 
 def test_training_learns_and_is_repeatable(text_folder, published):
