@@ -53,6 +53,9 @@ ORDERS: dict[str, Callable[[int, int], Tensor]] = {  # (B,T): the place of the l
 }
 
 
+TWIN = Path("out/quickstart-ar")  # trained if it is not there
+
+
 @torch.no_grad()
 def chain_rule(model: Model, x_0: Tensor, hole: Tensor, score: Tensor, mask_id: int) -> Tensor:
     """(B,T) float64, nats: what each place of the hole costs when they are written one after another.
@@ -131,7 +134,7 @@ def infill(model: Model, twin: Model, x_0: Tensor, hole: Tensor, mask_id: int) -
 def load_twins(args) -> tuple[Transformer, Transformer, str]:
     """(the diffusion model, its twin, their tokenizer). ConfigError if they are no twins."""
     model, info = load_checkpoint(args.checkpoint)
-    if not (args.twin / "model.pt").exists():
+    if args.twin == TWIN and not (TWIN / "model.pt").exists():
         lab.trained(args.twin.name, "--objective", "autoregressive", out=args.twin.parent)
     twin, twin_info = load_checkpoint(args.twin)
     for name in ("objective", "data_dir", "context_length", "n_layer", "n_head", "n_embd", "steps",
@@ -237,7 +240,7 @@ def sentence(table: dict, speed: dict, holes: dict) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = lab.flags("gpt_twin", __doc__)
-    parser.add_argument("--twin", type=Path, default=Path("out/quickstart-ar"), help="(default: %(default)s)")
+    parser.add_argument("--twin", type=Path, default=TWIN, help="(default: %(default)s)")
     for flag, default, help in (("--rows", 512, "texts for the NELBO"),
                                 ("--chain-rows", 16, "texts priced by a model call a byte"),
                                 ("--hole-rows", 48, "texts with holes")):

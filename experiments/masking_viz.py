@@ -17,6 +17,7 @@ import sys
 import torch
 from torch import Tensor
 
+from configs import ConfigError
 from diffusion import SCHEDULES, Curve, draw_mask, hidden_counts, keyed_generator
 from experiments import lab
 from experiments.schedules import measure
@@ -81,6 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=lab.count, default=20, help="of the sampler (default: 20)")
     args = parser.parse_args(arguments)
     model, info = load_checkpoint(args.checkpoint)
+    if model.config.causal:
+        raise ConfigError(f"{args.checkpoint} is autoregressive: it never sees hidden text")
     T, mask_id = model.config.context_length, model.config.mask_id
     tokenizer = get_tokenizer(info["tokenizer"])
     if not 0 <= args.prefix_length <= T - LEVELS:

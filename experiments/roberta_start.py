@@ -240,7 +240,8 @@ def read_config(path: Path) -> RobertaConfig:
                 raise ValueError(f"{name} is {found!r}, not {value!r}")
         return RobertaConfig(**{field.name: content[field.name] for field in fields(RobertaConfig)})
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; name the folder of a RoBERTa") from None
+        raise CheckpointError(f"{path}: {error.strerror}; name the folder of a RoBERTa: config.json, "
+                              "model.safetensors, vocab.json, merges.txt") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} describes no RoBERTa: {error!r:.150}") from None
 

@@ -83,10 +83,10 @@ def main(arguments: list[str] | None = None) -> None:
     best = min(rows, key=lambda row: row["distance"])
     lab.answer(
         f"two seeds of greedy agree on {fixed['same']:.0%} of the tokens from left to right, on "
-        f"{greedy['same']:.0%} at random places (from everything: {everything['same']:.0%}). There it costs "
-        f"the twin {greedy['judge']:.2f} nats and shares {greedy['shared']:.0%} of its runs with each other "
-        f"text; everything {everything['judge']:.2f} and {everything['shared']:.0%}; real text has "
-        f"{real['judge']:.2f} and {real['shared']:.0%}. Nearest to it in all is {best['sampler']}.",
+        f"{greedy['same']:.0%} at random places (from everything: {everything['same']:.0%}). At random "
+        f"places greedy costs the twin {greedy['judge']:.2f} nats and shares {greedy['shared']:.0%} of its "
+        f"runs with another text; everything {everything['judge']:.2f} and {everything['shared']:.0%}; real "
+        f"text has {real['judge']:.2f} and {real['shared']:.0%}. Nearest to it in all is {best['sampler']}.",
         {"steps": args.steps, "real": real, "rows": rows})
 
 

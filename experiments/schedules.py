@@ -164,9 +164,10 @@ def summary(table: dict, rows: list[dict]) -> str:
         found = {row["schedule"]: row for row in rows if row["order"] == sampler}
         best = min(found, key=lambda name: found[name]["judge"])
         varied = max(found, key=lambda name: found[name]["distinct"])
-        said.append(f"of the samples in order {sampler}, {best}'s are likeliest ({brief(found, best)}), "
-                    f"of cosine {brief(found, 'cosine')}, of exponential {brief(found, 'exponential')}; "
-                    f"the most varied are {varied}'s")
+        others = "".join(f", of {name} {brief(found, name)}" for name in ("linear", "cosine", "exponential")
+                         if name != best)
+        said.append(f"of the samples in order {sampler}, {best}'s are likeliest ({brief(found, best)})"
+                    f"{others}; the most varied are {varied}'s")
     return ". ".join(said).replace(". of", ". Of") + "."
 
 

@@ -48,7 +48,7 @@ def paint(panels, real: dict, lines: dict[str, list[dict]]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = samplers.flags("steps", __doc__)
     parser.add_argument("--steps", type=lab.count, nargs="+", default=[1, 4, 16, 64, 256],
-                        help="(default: 1 4 16 64 256)")
+                        help="model calls; left to right takes one a token (default: 1 4 16 64 256)")
     parser.add_argument("--rows", type=lab.several, default=256, help="texts to measure CE on (default: 256)")
     args = parser.parse_args(arguments)
     twins = samplers.load_twins(args.checkpoint, args.judge, args.data_dir)

@@ -38,6 +38,8 @@ def parse(template: str, tokenizer: tiktoken.Encoding, mask_id: int) -> tuple[Te
             raise ValueError(f"{character!r} is {len(ids)} tokens of this vocabulary: no hole can be of it")
         return ids[0]
 
+    if wrong := re.search(r"\[\w+:[^\]]*\]", HOLE.sub("", template)):
+        raise ValueError(f"{wrong[0]} is no hole; [digits:3], [letters:3], [MASK:3] and [word:May|June] are")
     template.encode()  # refuses, with a ValueError, half a surrogate pair: a tokenizer would replace it
     ids, form, end = [], [], 0
     for match in HOLE.finditer(template):
@@ -114,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
         x, form = parse(args.template, tokenizer, mask_id)
         generator = torch.Generator().manual_seed(args.seed)
         holes = int((x == mask_id).sum())
+        if not holes:
+            raise ValueError("the template has no holes, such as [digits:3] or [MASK:40]")
         if args.num_samples < 1:
             raise ValueError(f"--num-samples must be at least 1, not {args.num_samples}")
         steps = max(1, holes) if args.steps is None else args.steps

@@ -120,6 +120,9 @@ def test_the_result_always_satisfies_the_template(order, steps):
     (["--num-samples", "0"], "--num-samples must be at least 1"),
     (["--steps", "0"], "steps must be at least 1"),
     (["--checkpoint", "no/such/folder"], "does not exist"),
+    (["--template", "In [wrd:May|June]"], "[wrd:May|June] is no hole"),
+    (["--template", "In [MASK:3] [digits:x]"], "[digits:x] is no hole"),
+    (["--template", "In [May]"], "the template has no holes"),
 ])
 def test_a_mistake_gets_one_line(arguments, message, tmp_path, capsys):
     model = Transformer(ModelConfig(257, 128, n_layer=1, n_head=1, n_embd=8))

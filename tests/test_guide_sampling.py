@@ -292,6 +292,12 @@ def test_mistakes_get_one_line_and_exit_code_2(twins_flags, capsys, script, flag
     assert code == 2 and error.count("\n") == 1 and error.startswith("experiments.") and says in error
 
 
+def test_a_twin_sees_no_hidden_text(twins_flags, capsys):
+    _, judge, data = twins_flags
+    assert masking_viz.main([judge.replace("--judge", "--checkpoint"), data]) == 2
+    assert "is autoregressive: it never sees hidden text" in capsys.readouterr().err
+
+
 def test_a_judge_that_is_no_twin_and_a_prefix_too_long_are_refused(twins_flags, capsys):
     checkpoint, judge, data = twins_flags
     assert steps.main([checkpoint, checkpoint.replace("--checkpoint", "--judge"), data]) == 2

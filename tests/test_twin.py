@@ -226,9 +226,14 @@ def test_a_missing_twin_is_trained_first(here, monkeypatch):
     monkeypatch.setattr(lab.subprocess, "run", lambda command, **_: asked.append(command) or
                         unittest.mock.Mock(returncode=3))
     with pytest.raises(SystemExit) as ending:
-        gpt_twin.main(["--checkpoint", "diffusion", "--twin", "out/other"])
+        gpt_twin.main(["--checkpoint", "diffusion"])
     assert ending.value.code == 3 and "autoregressive" in asked[0]
-    assert str(asked[0][asked[0].index("--out-dir") + 1]) == "out/other"
+    assert str(asked[0][asked[0].index("--out-dir") + 1]) == "out/quickstart-ar"
+
+
+def test_another_twin_that_is_missing_is_a_mistake(here, capsys):
+    assert gpt_twin.main(["--checkpoint", "diffusion", "--twin", "out/othre"]) == 2
+    assert "out/othre/model.pt does not exist" in capsys.readouterr().err
 
 
 def test_repetition_from_end_to_end(here, capsys):
