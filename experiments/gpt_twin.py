@@ -45,15 +45,13 @@ from experiments import lab
 from model import Transformer, load_checkpoint
 from prepare_data import TokenFile, get_tokenizer
 
+TWIN = Path("out/quickstart-ar")  # trained if it is not there
 HOLES = (4, 8, 16)  # bytes; and whole words
 ORDERS: dict[str, Callable[[int, int], Tensor]] = {  # (B,T): the place of the largest score is written first
     "left to right": lambda B, T: -torch.arange(T).expand(B, T),
     "right to left": lambda B, T: torch.arange(T).expand(B, T),
     "a random order": lambda B, T: torch.rand(B, T, generator=keyed_generator(0, 0, "order")),
 }
-
-
-TWIN = Path("out/quickstart-ar")  # trained if it is not there
 
 
 @torch.no_grad()
@@ -135,7 +133,7 @@ def load_twins(args) -> tuple[Transformer, Transformer, str]:
     """(the diffusion model, its twin, their tokenizer). ConfigError if they are no twins."""
     model, info = load_checkpoint(args.checkpoint)
     if args.twin == TWIN and not (TWIN / "model.pt").exists():
-        lab.trained(args.twin.name, "--objective", "autoregressive", out=args.twin.parent)
+        lab.trained(TWIN.name, "--objective", "autoregressive", out=TWIN.parent)
     twin, twin_info = load_checkpoint(args.twin)
     for name in ("objective", "data_dir", "context_length", "n_layer", "n_head", "n_embd", "steps",
                  "batch_size", "seed"):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import ConfigError
-from diffusion import Bound, corrupt, generate, keyed_generator, loss, nelbo
+from diffusion import Bound, corrupt, generate, keyed_generator, loss, mean_and_error, nelbo
 from experiments.lab import OUT, answer, autocast, command, count, draw, flags, pair_nelbos
 from model import CheckpointError, count_parameters, rotate
 from prepare_data import DataError, TokenFile, get_tokenizer
@@ -450,7 +450,7 @@ def conclusion(runs: dict[str, dict[int, Bound]], detour: Tensor, frequencies: f
         return text + "."
     reached = [step for step, bound in runs["random"].items() if bound.nats <= after.nats]
     needed = f"at most {reached[0]}" if reached else f"over {longest}"
-    difference, error = detour.mean().item(), (detour.std() / len(detour) ** 0.5).item()
+    difference, error = mean_and_error(detour)
     verdict = "worse than" if difference > 0 else "better than"
     return text + (f", for which random weights need {needed} steps. After {longest}, as many as pretraining "
                    f"and fine-tuning together, they have {runs['random'][longest].nats:.3f}: "
