@@ -1,262 +1,448 @@
-"""Write with a trained model: python sample.py --checkpoint out/quickstart --prefix "The state of the Union"
+"""Write with a trained model: python sample.py --checkpoint out/quickstart --prefix "The state of"
 
-    free text       python sample.py --checkpoint out/quickstart --length 200
-    continuation    python sample.py --checkpoint out/quickstart --prefix "Fellow citizens" --length 200
-    infilling       python sample.py --checkpoint out/quickstart --text "The [MASK:20] of the Union"
-    measuring       python sample.py --checkpoint out/quickstart --score FILE
+    free text       python sample.py --length 200
+    continuation    python sample.py --prefix "Fellow citizens" --length 200
+    infilling       python sample.py --text "The [MASK:20] of the Union"
+    measuring       python sample.py --score FILE
 
-All three kinds of writing are one call of diffusion.denoise: hidden places are filled, everything else is
-given. The text goes to stdout, figures to stderr. --show-steps shows it being written.
+All writing is one call of `denoise`, which fills what is hidden; the rest is given. The plain idea:
+
+    while (x == mask_id).any():
+        positions = some of the hidden ones
+        x[positions] = draw(model(x, positions))
+
+Text goes to stdout, numbers about it to stderr. --show-steps shows it being written.
 """
 
-import argparse
-import codecs
-import contextlib
 import itertools
-import json
 import math
-import os
-import re
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import diffusion
-from configs import Parser
-from model import CheckpointError, Transformer, choose_dtype, load_checkpoint
-from prepare_data import DataError, get_tokenizer
+from diffusion import SCHEDULES, Model, hidden_counts, hidden_fractions, shift_right
+from model import Transformer
+from plumbing.adjust import Adjust, ban, chain, penalize_repetition
+from plumbing.checkpoint import CheckpointError, load_checkpoint
+from plumbing.command import command
+from plumbing.config import check_knobs, knob, load
+from plumbing.machine import autocast, choose_device, choose_dtype
+from plumbing.terminal import DenoisingView, describe
+from plumbing.text import token_texts, tokens_with_holes
+from prepare_data import get_tokenizer
 
-HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
-
-
-def starting_tokens(args: argparse.Namespace, model: Transformer, tokenizer: tiktoken.Encoding) -> Tensor:
-    """(num_samples, T): the given tokens, and mask tokens where the model shall write."""
-    limit, mask_id = model.config.context_length, model.config.mask_id
-    if args.text is not None:
-        # re.split with one group: given, size of the hole, given, size of the hole, given ...
-        texts, sizes = HOLE.split(args.text)[::2], HOLE.split(args.text)[1::2]
-        if not sizes:
-            raise ValueError("--text has no hole; write one as [MASK:20], for 20 hidden tokens")
-        given = [tokenizer.encode_ordinary(text) for text in texts]  # as it stands, spaces included
-        holes = [int(size or 1) for size in sizes]
-    else:
-        prefix = tokenizer.encode_ordinary(args.prefix or "")
-        length = limit - len(prefix) if args.length is None else args.length
-        if length < 1:
-            raise ValueError(f"a prefix of {len(prefix)} tokens and --length {length} leave nothing to write "
-                             f"in a context of {limit}")
-        given, holes = [prefix, []], [length]
-    total = sum(map(len, given)) + sum(holes)
-    if total > limit:
-        raise ValueError(f"{total} tokens asked for, but the model's context is {limit}: ask for fewer")
-    if not any(holes):
-        raise ValueError("nothing is hidden, so there is nothing to write")
-    ids = given[0]
-    for hole, following in zip(holes, given[1:], strict=True):
-        ids = ids + [mask_id] * hole + following
-    return torch.tensor([ids] * args.num_samples)
+# --- 1. Orders: which hidden positions are committed next -----------------------------------------
 
 
-def token_texts(ids: list[int], tokenizer: tiktoken.Encoding, mask_id: int, whole: bool) -> list[str | None]:
-    """What each token adds to the text, None where hidden; up to the end-of-text token unless `whole`.
+def random_order(hidden: Tensor, generator: Generator | None) -> Tensor:
+    return torch.rand(hidden.shape, generator=generator).to(hidden.device)
 
-    A character of several tokens comes with the last of them. What a model writes must not drive the
-    terminal: control characters are spelled out.
+
+def left_to_right(hidden: Tensor, generator: Generator | None) -> Tensor:
+    positions = torch.arange(hidden.size(1), device=hidden.device)  # (T,)
+    return -positions.float().expand(hidden.shape)
+
+
+# Orders known before the network is called: what is still hidden (B,T) -> score (B,T), the highest
+# go first. The head then runs once per token in all, at the positions about to be committed.
+# To add one, write a function like those above and name it here.
+FIXED_ORDERS: dict[str, Callable[[Tensor, Generator | None], Tensor]] = {
+    "random": random_order,
+    "left_to_right": left_to_right,
+    "ancestral": random_order,  # with a random number of tokens per step: see `share_out`
+}
+
+
+def confidence(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probability of the token that was drawn."""
+    return log_p.gather(1, tokens[:, None]).squeeze(1)
+
+
+def margin(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """How far the most likely token is ahead of the second, as a logarithm."""
+    first, second = log_p.exp().topk(2, dim=1).values.unbind(1)
+    return (first - second).log()
+
+
+def entropy(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """Low entropy first, whatever was drawn."""
+    return -torch.special.entr(log_p.exp()).sum(1)
+
+
+# Orders by the network's predictions: (log p (P,V), drawn tokens (P,)) -> score (P,). `order` may
+# also be such a function.
+SCORED_ORDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "confidence": confidence,
+    "margin": margin,
+    "entropy": entropy,
+}
+ORDERS = {**FIXED_ORDERS, **SCORED_ORDERS}
+
+# The probability with which a committed token is hidden again, a number or (B,T), from
+#   limit    (1 - visible) / visible before, at most 1; more is cut (ReMDM, arXiv:2503.00307)
+#   visible  the fraction that is to be visible after this step
+#   p (B,T)  of each token when it was committed; infinity at all other positions
+REMASKS: dict[str, Callable[[float, float, Tensor], float | Tensor]] = {
+    "none": lambda limit, visible, p: 0.0,
+    "renoise": lambda limit, visible, p: 1 - visible,  # a new random mask over all that is written
+    "cap": lambda limit, visible, p: 0.02,
+    "rescale": lambda limit, visible, p: 0.05 * limit,
+    "conf": lambda limit, visible, p: limit * (-p).softmax(1).nan_to_num(),  # the least confident
+}
+
+# --- 2. The options -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How to denoise: the options of `denoise`, and flags of this command."""
+
+    # A field made by `knob` is a flag as well.
+    steps: int | None = knob(None, "model calls, fewer is faster; none: one per token", low=1)
+    # how many tokens stay hidden after each step: a name, or the counts [N, ..., 0]
+    schedule: str | Sequence[int] = knob("linear", "how many stay hidden", (*SCHEDULES, "optimal"))
+    order: str | Callable = knob("random", "which are committed next", tuple(ORDERS))
+    gumbel: float = knob(0.0, "noise on a scored order, falling to 0 (1: much)", low=0)
+    remask: str | Callable = knob("none", "which are hidden again", tuple(REMASKS))
+    threshold: float | None = knob(None, "also commit what is more probable", low=1e-30, high=1)
+    block_length: int | None = knob(None, "write blocks of so many tokens, left to right", low=1)
+    temperature: float = knob(1.0, "below 1 safer, above 1 wilder, 0 greedy", low=0)
+    top_k: int | None = knob(None, "draw from the K most likely tokens", low=1)
+    top_p: float | None = knob(None, "draw from the fewest that reach P", low=1e-30, high=1)
+    adjust: Adjust | None = None  # changes logits: guidance, constraints, penalties
+
+    def __post_init__(self):
+        check_knobs(self)
+        if self.gumbel and self.order in FIXED_ORDERS:
+            raise ValueError(f"gumbel changes nothing for order {self.order}, which has no scores")
+
+
+@dataclass(frozen=True)
+class Command(Sampler):
+    """All flags of sample.py: how to denoise, then what to write and how to show it."""
+
+    checkpoint: str = knob("out/quickstart", "folder that train.py wrote")
+    prefix: str | None = knob(None, "text to continue")
+    text: str | None = knob(None, 'text with holes to fill: "The [MASK:20] of the Union"')
+    length: int | None = knob(None, "tokens to write; none: as many as the context holds", low=1)
+    num_samples: int = knob(1, "texts to write", low=1)  # B: all are written at once
+    sampling: str | None = knob(None, "short for --temperature 0, --top-k 50 or --top-p 0.9",
+                                ("greedy", "topk", "nucleus"))
+    repetition_penalty: float | None = knob(None, "divides the odds of repeats", low=1e-6)
+    ban: str | None = knob(None, "never write the tokens of this text")
+    seed: int = knob(1, "the same seed writes the same text", low=0)
+    show_steps: bool = knob(False, "watch the text being written")
+    jsonl: str | None = knob(None, "write every step to this file, for other programs")
+    whole: bool = knob(False, "do not cut the text at the end-of-text token")
+    score: str | None = knob(None, "measure the model on this file instead of writing")
+    device: str = knob("cpu", "where to compute", ("cpu", "cuda", "mps"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        f"{self.prefix}{self.text}{self.ban}".encode()  # a ValueError if that isn't Unicode
+        if self.text is not None and (self.prefix is not None or self.length is not None):
+            raise ValueError("--text says what is given and hidden: drop --prefix and --length")
+        if self.schedule == "optimal" and self.block_length:
+            raise ValueError("--schedule optimal is for whole texts: drop --block-length")
+        if self.jsonl and not Path(self.jsonl).parent.is_dir():
+            raise ValueError(f"--jsonl {self.jsonl}: there is no such folder")
+
+    def sampler_options(self) -> dict:
+        options = {field.name: getattr(self, field.name) for field in fields(Sampler)}
+        short = {"greedy": ("temperature", 0.0), "topk": ("top_k", self.top_k or 50),
+                 "nucleus": ("top_p", self.top_p or 0.9)}
+        return options | dict([short[self.sampling]] if self.sampling else [])
+
+
+# --- 3. Denoising ---------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What `denoise` has written so far. The next step starts from it: copy it to change it."""
+
+    tokens: Tensor  # (B,T) int64, mask_id where hidden
+    probability: Tensor  # (B,T) float32, of each token when committed; given 1, hidden 0
+    calls: int  # of the model
+
+
+@torch.no_grad()
+def denoise(model: Model, x: Tensor, mask_id: int, generator: Generator | None = None,
+            **options) -> Iterator[State]:
+    """Fill every position of x (B,T) that is `mask_id`; yield the state at first and at each step.
+
+    Everything else is given and never changed, wherever it stands: free text, a continuation and
+    infilling are one call, and rows may have different numbers of holes. A step is one model call
+    at most; one in which nothing changes is skipped.
+
+    generator: of the CPU; the same one writes the same text.
+    options: the fields of Sampler. Bad ones are a ValueError at the first `next`.
     """
-    if tokenizer.eot_token in ids and not whole:
-        ids = ids[: ids.index(tokenizer.eot_token)]
-    decoder, texts = codecs.getincrementaldecoder("utf-8")("replace"), []
-    for token, following in zip(ids, [*ids[1:], mask_id], strict=False):
-        text = None
-        if token != mask_id:
-            text = decoder.decode(tokenizer.decode_single_token_bytes(token), final=following == mask_id)
-            text = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
-        texts.append(text)
-    return texts
+    sampler = Sampler(**options)
+    holes = x == mask_id  # (B,T), what there is to fill
+    plans = plan_blocks(holes, sampler)
+    state = State(x.clone(), (~holes).float(), calls=0)
+    yield state
+    for plan in plans:  # usually one, for all holes
+        for step in range(len(plan.counts) - 1):
+            hidden = plan.block & (state.tokens == mask_id)  # (B,T)
+            # How many tokens each row commits (B,), and which it hides again (B,T).
+            quota, remasked = share_out(plan, step, hidden, state, sampler, generator)
+            if quota.any():
+                progress = step / (len(plan.counts) - 1)
+                state = commit(model, state, hidden, quota, progress, sampler, generator)
+            if remasked.any():
+                state = State(state.tokens.masked_fill(remasked, mask_id),
+                              state.probability.masked_fill(remasked, 0), state.calls)
+            if quota.any() or remasked.any():
+                yield state
 
 
-HIDDEN, REMASKED = "\N{LIGHT SHADE}", "\N{DARK SHADE}"
+def commit(model: Model, state: State, hidden: Tensor, quota: Tensor, progress: float,
+           sampler: Sampler, generator: Generator | None) -> State:
+    """Commit quota[b] of the hidden positions (B,T) of each row: predict, draw, choose, write."""
+    score_of = sampler.order if callable(sampler.order) else SCORED_ORDERS.get(sampler.order)
+    candidates = hidden
+    if score_of is None:  # a fixed order
+        chosen = largest(FIXED_ORDERS[sampler.order](hidden, generator), hidden, quota)  # (B,T)
+        if sampler.threshold is None:
+            candidates = chosen  # what isn't committed now needn't be predicted now
+    positions = candidates.flatten().nonzero().squeeze(1)  # (P,)
+    log_p = predict(model, state.tokens, positions, sampler.adjust)  # (P,V)
+    tokens = draw_tokens(log_p, sampler.temperature, sampler.top_k, sampler.top_p, generator)
+    if score_of is not None:
+        score = torch.zeros(hidden.shape, device=hidden.device)
+        score.view(-1)[positions] = score_of(log_p, tokens)
+        if sampler.gumbel:
+            # Gumbel noise, falling towards 0 (MaskGIT, arXiv:2202.04200): by confidence, positions
+            # are at first chosen in proportion to p^(1/gumbel), at last by p alone.
+            noise = -torch.empty(len(positions)).exponential_(generator=generator).log()
+            score.view(-1)[positions] += sampler.gumbel * (1 - progress) * noise.to(score.device)
+        chosen = largest(score, hidden, quota)
+    p = confidence(log_p, tokens).exp()  # untempered: what the network itself thinks
+    now = chosen.flatten()[positions]  # (P,) bool: committed in this step
+    if sampler.threshold is not None:
+        now |= p > sampler.threshold
+    x = state.tokens.clone()
+    probability = state.probability.clone()
+    x.view(-1)[positions[now]] = tokens[now]
+    probability.view(-1)[positions[now]] = p[now]
+    return State(x, probability, state.calls + 1)
 
 
-def draw(text: str | None, before: int, now: int, probability: float, color: bool) -> str:
-    """One place of the view. In colour: black on green where just committed, red where hidden again, plain
-    where given, otherwise grey, the brighter the surer the network was."""
-    if text is None:
-        style, text = ("2", HIDDEN) if before == now else ("31", REMASKED)
-    elif before != now:
-        style = "30;42"
+class Plan(NamedTuple):
+    """How one block of the text is filled in S steps."""
+
+    block: Tensor  # (B,T) bool, its holes
+    counts: Tensor  # (S+1,B) tokens still hidden before each step, at last 0
+    visible: list[float]  # the S+1 fractions that are to be visible: 0 ... 1
+
+
+def plan_blocks(holes: Tensor, sampler: Sampler) -> list[Plan]:
+    """Blocks of `block_length` holes, left to right, by default one block. holes: (B,T) bool."""
+    tokens_left = int(holes.sum(1).max())
+    length = sampler.block_length or max(1, tokens_left)
+    num_blocks = math.ceil(tokens_left / length)
+    steps_left = sampler.steps or max(1, tokens_left)  # by default a step per token
+    if isinstance(sampler.schedule, str) and steps_left < num_blocks:
+        raise ValueError(f"steps must be at least {num_blocks}, one per block, not {steps_left}")
+    # Unless tokens are remasked or committed by chance, every step commits at least one.
+    strict = sampler.remask == "none" and sampler.order != "ancestral"
+    block_of = (holes.cumsum(1) - 1) // length  # (B,T)
+    plans = []
+    for i in range(num_blocks):
+        # Steps in proportion to tokens, but at least one, and one for each block that follows.
+        steps = round(steps_left * min(1, length / tokens_left))
+        steps = max(1, min(steps, steps_left - (num_blocks - 1 - i)))
+        steps_left -= steps
+        tokens_left -= length
+        block = holes & (block_of == i)
+        counts = hidden_counts(sampler.schedule, block.sum(1), steps, strict)
+        u = torch.linspace(0, 1, len(counts), dtype=torch.float64)
+        visible = (1 - hidden_fractions(sampler.schedule, u)).tolist()
+        plans.append(Plan(block, counts.to(holes.device), visible))
+    return plans
+
+
+def share_out(plan: Plan, step: int, hidden: Tensor, state: State, sampler: Sampler,
+              generator: Generator | None) -> tuple[Tensor, Tensor]:
+    """(quota, remasked): how many tokens each row commits in this step, and which go back."""
+    stay = plan.counts[step + 1]  # (B,) how many shall be hidden after this step
+    before, after = plan.visible[step : step + 2]
+    committed = plan.block & ~hidden
+    limit = min(1.0, (1 - after) / max(before, 1e-9))  # ReMDM's sigma_max
+    p = state.probability.masked_fill(~committed, math.inf)
+    sigma = REMASKS.get(sampler.remask, sampler.remask)(limit, after, p)  # usually 0: none go back
+    sigma = torch.as_tensor(sigma, device=hidden.device).clamp(max=limit)
+    remasked = committed & (random_order(hidden, generator) < sigma)
+    if sampler.order == "ancestral" and after < 1:
+        # D3PM, MDLM: each hidden token is committed with this probability, whatever the others do.
+        chance = (after - before + sigma * before) / (1 - before)
+        quota = (hidden & (random_order(hidden, generator) < chance)).sum(1)
     else:
-        style = f"38;5;{240 + int(15 * probability)}" if probability < 1 else "0"
-    return f"\033[{style}m{text}\033[0m" if color else text
+        remasked = largest(random_order(hidden, generator), remasked, stay)  # no more than may stay
+        quota = hidden.sum(1) + remasked.sum(1) - stay
+    if sampler.threshold is not None:  # the schedule is the slowest pace: at least one
+        quota = quota.clamp(min=1).minimum(hidden.sum(1))
+    return quota, remasked
 
 
-def show(step: int, hidden: int, texts: list, before: list, now: list, probability: list) -> None:
-    """A frame of --show-steps, lists (B,T): in place on a terminal, otherwise a group of lines."""
-    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    color = terminal and not os.environ.get("NO_COLOR")
-    print(("\033[H\033[J" if terminal else "") + f"--- step {step}: {hidden} tokens hidden")
-    for row in zip(texts, before, now, probability, strict=True):
-        print("".join(draw(*place, color) for place in zip(*row, strict=False)))
+def predict(model: Model, x: Tensor, positions: Tensor, adjust: Adjust | None) -> Tensor:
+    """(P,V) float32: the log-probabilities of the tokens at these positions of x (B,T)."""
+    logits = model(x, positions)
+    if adjust is not None:
+        logits = adjust(logits, x, positions)
+    if not logits.amax(1).isfinite().all():
+        raise ValueError("the network, or adjust, rules out every token at some position")
+    return logits.float().log_softmax(1)
 
 
-def score(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
-    """Print what a text costs the model: the bound (GPT: the exact figure), and the loss by mask level."""
-    try:
-        ids = tokenizer.encode_ordinary(args.score.read_bytes().decode())  # line ends as they are
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--score {args.score}: {getattr(error, 'strerror', None) or error}") from None
-    if not ids:
-        raise ValueError(f"--score {args.score}: the file is empty")
-    T = min(model.config.context_length, len(ids))
-    x_0 = torch.tensor(ids[: len(ids) // T * T]).view(-1, T)  # (B,T): a last row that is not full is left out
-    objective = info["config"]["objective"]
-    bound = diffusion.evaluate(model, x_0.to(args.device), model.config.mask_id, objective, curve_points=20)
-    bits = bound.nats * x_0.numel() / math.log(2) / len(tokenizer.decode_bytes(x_0.flatten().tolist()))
-    print(f"{'NLL' if objective == 'autoregressive' else 'NELBO <='} {bound.nats:.4f} +- {bound.stderr:.4f} "
-          f"nats/token, {bits:.4f} bits/byte ({x_0.numel()} of {len(ids)} tokens, in rows of {T})")
-    if bound.curve:
-        N, *points = bound.curve
-        for m, nats, stderr in zip(*points, strict=True):
-            print(f"{m / N:6.1%} hidden: {nats:.3f} +- {stderr:.3f} nats/token")
+def draw_tokens(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                top_p: float | None = None, generator: Generator | None = None) -> Tensor:
+    """Draw one token per row of `logits` (P,V): (P,). Temperature 0 takes the most likely one."""
+    if temperature < 1e-6:  # greedy; dividing by so little could overflow
+        return logits.argmax(1)
+    p = (logits.float() / temperature).softmax(1)  # (P,V)
+    if top_k is not None and top_k < p.size(1):
+        value, index = p.topk(top_k, dim=1)  # (P,top_k) each
+        p = torch.zeros_like(p).scatter_(1, index, value)
+    if top_p is not None and top_p < 1:
+        value, index = p.sort(dim=1, descending=True)
+        value /= value.sum(1, keepdim=True)
+        value[value.cumsum(1) - value >= top_p] = 0  # the more likely ones already reach top_p
+        p = torch.zeros_like(p).scatter_(1, index, value)
+    if p.device.type == "mps":  # has no float64
+        p = p.cpu()
+    # Invert the CDF in float64: float32 noise never reaches the tail of a large vocabulary, which
+    # acts like a lower temperature (arXiv:2409.02908).
+    cdf = p.cumsum(1, dtype=torch.float64)
+    u = torch.rand(len(p), 1, dtype=torch.float64, generator=generator).to(p.device)  # (P,1)
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(1).to(logits.device)
 
 
-def sampling_options(args: argparse.Namespace, info: dict, tokenizer: tiktoken.Encoding, holes: int) -> dict:
-    """The arguments of `denoise` that the user asked for; `holes` are the hidden tokens of a row."""
-    changes = [diffusion.ban(tokenizer.encode_ordinary(args.ban))] if args.ban else []
-    if args.repetition_penalty is not None:
-        changes.append(diffusion.penalize_repetition(args.repetition_penalty))
+def largest(score: Tensor, among: Tensor, quota: Tensor) -> Tensor:
+    """(B,T) bool: in row b the quota[b] positions of highest score among those marked."""
+    score = score.clamp(min=torch.finfo(score.dtype).min)  # even -inf ranks above what isn't marked
+    ranking = score.masked_fill(~among, -math.inf).argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(score.size(1), device=score.device) < quota[:, None]
+    return torch.zeros_like(among).scatter_(1, ranking, first) & among
 
-    def adjust(logits: Tensor, x: Tensor, positions: Tensor) -> Tensor:
-        for change in changes:
-            logits = change(logits, x, positions)
-        return logits
 
-    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, adjust=adjust)
+def generate(model: Model, x: Tensor, mask_id: int, generator: Generator | None = None,
+             **options) -> Tensor:
+    """The tokens of the last state of `denoise`, (B,T), nothing hidden; same arguments."""
+    *_, last = denoise(model, x, mask_id, generator, **options)
+    return last.tokens
+
+
+def left_to_right_model(model: Model, mask_id: int) -> Model:
+    """GPT in the form that `denoise` expects: position t is predicted from those before it. With
+    order="left_to_right" and a step per token, `denoise` is GPT's sampling."""
+    return lambda tokens, *positions: model(shift_right(tokens, mask_id), *positions)
+
+
+# --- 4. The command -------------------------------------------------------------------------------
+
+
+def starting_tokens(cmd: Command, model: Transformer, tokenizer: tiktoken.Encoding) -> Tensor:
+    """(num_samples,T): the given tokens, and mask tokens where the model shall write."""
+    limit = model.config.context_length
+    mask_id = model.config.mask_id
+    if cmd.text is not None:
+        ids = tokens_with_holes(cmd.text, tokenizer, mask_id)
+    else:
+        prefix = tokenizer.encode_ordinary(cmd.prefix or "")
+        length = limit - len(prefix) if cmd.length is None else cmd.length
+        ids = prefix + [mask_id] * min(length, 10**7)  # a typo must not fill the memory
+    if len(ids) > limit:
+        raise ValueError(f"{len(ids)} tokens are too many: the model's context is {limit}")
+    if mask_id not in ids:
+        raise ValueError(f"nothing is hidden in {len(ids)} tokens, so there is nothing to write")
+    return torch.tensor([ids] * cmd.num_samples)
+
+
+def options_for(cmd: Command, info: dict, tokenizer: tiktoken.Encoding) -> dict:
+    """The options of `denoise`: what the user asked for, as far as this model can do it."""
+    options = cmd.sampler_options()
+    banned = [ban(tokenizer.encode_ordinary(cmd.ban))] if cmd.ban else []
+    penalty = [penalize_repetition(cmd.repetition_penalty)] if cmd.repetition_penalty else []
+    options["adjust"] = chain(banned + penalty)
     if info["config"]["objective"] == "autoregressive":
-        print("note: an autoregressive model writes left to right, a token per step, whatever the schedule, "
-              "order and remasking", file=sys.stderr)
-        return options | dict(steps=holes, order="left_to_right")
+        print("note: an autoregressive model (GPT) writes left to right, one token per step, "
+              "whatever the other options say", file=sys.stderr)
+        kept = ("temperature", "top_k", "top_p", "adjust")
+        return {name: options[name] for name in kept} | {"order": "left_to_right"}
     if info["config"]["objective"] == "mlm":
-        print("note: this model learned to restore a fixed, small share of a text (BERT). It has never seen "
-              "emptier ones: expect word salad when most of the text is hidden", file=sys.stderr)
-    options |= dict(steps=holes if args.steps is None else args.steps, schedule=args.schedule,
-                    order=args.order, remask=args.remask, threshold=args.threshold,
-                    block_length=args.block_length, gumbel=args.gumbel)
-    if args.schedule == "optimal":
+        print("note: BERT never learned to write a whole text: expect word salad", file=sys.stderr)
+    if cmd.schedule == "optimal":
         try:
-            curve = info["evaluation"]["curve"] | {"N": info["model"]["context_length"]}  # whatever it claims
+            # The context length of the network, whatever the curve of the file claims.
+            curve = info["evaluation"]["curve"] | {"N": info["model"]["context_length"]}
             curve = diffusion.smooth(diffusion.Curve(**curve))
         except (ArithmeticError, AttributeError, LookupError, TypeError):
-            raise ValueError("schedule optimal needs a checkpoint that was evaluated; this was not") from None
-        options["schedule"] = diffusion.optimal_schedule(curve, options["steps"])
+            raise ValueError("schedule optimal needs a checkpoint that was evaluated") from None
+        options["schedule"] = diffusion.optimal_schedule(curve, cmd.steps or curve.N)
     return options
 
 
-def write(args: argparse.Namespace, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
+def write(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
     """Sample, print the texts (or every state of them), and say what they cost."""
     mask_id = model.config.mask_id
-    x = starting_tokens(args, model, tokenizer).to(args.device)  # (B,T), the same holes in each row
-    holes = int((x[0] == mask_id).sum())
-    options = sampling_options(args, info, tokenizer, holes)
-    network = diffusion.left_to_right_model(model, mask_id) if model.config.causal else model
+    x = starting_tokens(cmd, model, tokenizer).to(cmd.device)  # (B,T), the same holes in each row
+    network = left_to_right_model(model, mask_id) if model.config.causal else model
+    generator = Generator().manual_seed(cmd.seed)
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(args.seed)
-    states = diffusion.denoise(network, x, mask_id, generator=generator, **options)
-    start, before = next(states), x.tolist()  # bad options are refused here, before a file is opened
-    fast = choose_dtype("auto", x.device) == torch.bfloat16
-    with (torch.autocast(args.device, torch.bfloat16, enabled=fast),
-          open(args.jsonl, "w", encoding="utf-8") if args.jsonl else contextlib.nullcontext() as log):
-        for step, state in enumerate(itertools.chain([start], states)):
-            if log or args.show_steps:
-                now, probability = state.tokens.tolist(), state.probability.tolist()
-                texts = [token_texts(ids, tokenizer, mask_id, args.whole) for ids in now]
-            if log:
-                line = {"step": step, "tokens": now, "probability": probability, "texts": texts}
-                print(json.dumps(line), file=log)
-            if args.show_steps:
-                show(step, int((state.tokens == mask_id).sum()), texts, before, now, probability)
-                before = now
+    states = denoise(network, x, mask_id, generator, **options_for(cmd, info, tokenizer))
+    first = next(states)  # bad options are refused here, before a file is opened
+    view = DenoisingView(tokenizer, mask_id, cmd.whole, cmd.show_steps, cmd.jsonl)
+    with view, autocast(x.device, choose_dtype("auto", x.device)):
+        for state in itertools.chain([first], states):
+            view.show(state)
     seconds = time.perf_counter() - started
-    if not args.show_steps:
-        texts = [token_texts(ids, tokenizer, mask_id, args.whole) for ids in state.tokens.tolist()]
+    if not cmd.show_steps:
+        texts = [token_texts(ids, tokenizer, mask_id, cmd.whole) for ids in state.tokens.tolist()]
         print("\n---\n".join("".join(text) for text in texts))
-    new = holes * len(x)
-    print(f"{new} new tokens in {state.calls} model calls, {new / seconds:,.0f} tokens/s", file=sys.stderr)
+    new = int((x == mask_id).sum())  # given tokens don't count
+    print(f"{new} new tokens in {state.calls} model calls, {new / seconds:,.0f} tokens/s",
+          file=sys.stderr)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="sample.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", default="out/quickstart", help="folder that train.py wrote (default: out/quickstart)")
-    add("--prefix", help="text to continue")
-    add("--text", help='text with holes to fill, such as "The [MASK:20] of the Union"')
-    add("--length", type=int, help="tokens to write (default: as many as the context holds)")
-    add("--num-samples", type=int, default=1, help="texts to write (default: 1)")
-    add("--steps", type=int, help="model calls; fewer is faster and worse (default: one per hidden token)")
-    add("--schedule", default="linear", choices=[*diffusion.SCHEDULES, "optimal"],
-        help="how many stay hidden after each step; optimal: by the model's losses on whole texts")
-    add("--order", default="random", choices=list(diffusion.ORDERS), help="which are committed next")
-    add("--gumbel", type=float, default=0.0, help="random noise on the order (0: none; 1: much)")
-    add("--remask", default="none", choices=list(diffusion.REMASKS), help="which are hidden again")
-    add("--threshold", type=float, help="also commit all tokens surer than this; suits --order confidence")
-    add("--block-length", type=int, help="write blocks of so many tokens, left to right")
-    add("--sampling", choices=("greedy", "topk", "nucleus"), help="how a token is drawn (default: from all)")
-    add("--top-k", type=int, help="draw from the K likeliest tokens (50 with --sampling topk)")
-    add("--top-p", type=float, help="draw from the likeliest that reach probability P (nucleus: 0.9)")
-    add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder, 0 greedy (default: 1)")
-    add("--repetition-penalty", type=float, help="divides the odds of tokens already there; 1.2 is usual")
-    add("--ban", metavar="CHARACTERS", help="never write the tokens of this text")
-    add("--seed", type=int, default=1, help="the same seed writes the same text (default: 1)")
-    add("--show-steps", action="store_true", help="watch the text being written")
-    add("--jsonl", type=Path, metavar="FILE", help="write every step to a file, for other programs")
-    add("--whole", action="store_true", help="do not cut the text at the end-of-text token")
-    add("--score", type=Path, metavar="FILE", help="measure the model on a text instead of writing")
-    add("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="(default: cpu)")
-    args = parser.parse_args(arguments)
-    if (args.sampling == "greedy" or args.temperature == 0) and (args.top_k or args.top_p):
-        parser.error("greedy takes the likeliest token: drop --top-k and --top-p")
-    if args.sampling == "topk" and args.top_p or args.sampling == "nucleus" and args.top_k:
-        parser.error(f"--sampling {args.sampling} contradicts the other limit: leave it out to use both")
-    if args.text is not None and (args.prefix is not None or args.length is not None):
-        parser.error("--text says what is given and what is hidden: drop --prefix and --length")
-    if args.schedule == "optimal" and args.block_length:
-        parser.error("--schedule optimal is computed for whole texts: drop --block-length")
-    if args.gumbel and diffusion.ORDERS[args.order] is None:
-        parser.error(f"--gumbel changes nothing for order {args.order}: use confidence, margin or entropy")
-    if args.jsonl and not args.jsonl.parent.is_dir():
-        parser.error(f"--jsonl {args.jsonl}: there is no folder {args.jsonl.parent}")
-    for name in ("prefix", "text", "ban"):
-        if re.search("[\ud800-\udfff]", getattr(args, name) or ""):  # the tokenizer would replace them
-            parser.error(f"--{name} is not Unicode text")
-    if args.num_samples < 1:
-        parser.error(f"--num-samples must be at least 1, not {args.num_samples}")
-    args.temperature = 0.0 if args.sampling == "greedy" else args.temperature
-    args.top_k = 50 if args.sampling == "topk" and args.top_k is None else args.top_k
-    args.top_p = 0.9 if args.sampling == "nucleus" and args.top_p is None else args.top_p
-    return args
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
+def score(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
+    """Print what a text costs the model: the bound (GPT: exact), and the loss by mask level."""
     try:
-        if not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[args.device].is_available():
-            raise ValueError(f"device {args.device} is not available here; use --device cpu")
-        model, info = load_checkpoint(args.checkpoint, args.device)
-        tokenizer = get_tokenizer(info["tokenizer"])
-        if tokenizer.n_vocab != model.config.vocab_size:
-            raise CheckpointError(f"{args.checkpoint} has not the vocabulary of {info['tokenizer']}")
-        (score if args.score else write)(args, model, info, tokenizer)
-    except (CheckpointError, DataError, ValueError, MemoryError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        ids = tokenizer.encode_ordinary(Path(cmd.score).read_bytes().decode())  # line ends as is
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--score {cmd.score}: {reason}") from None
+    if not ids:
+        raise ValueError(f"--score {cmd.score}: the file is empty")
+    T = min(model.config.context_length, len(ids))
+    x_0 = torch.tensor(ids[: len(ids) // T * T]).view(-1, T)  # (B,T), without an unfinished row
+    bound = diffusion.evaluate(model, x_0.to(cmd.device), model.config.mask_id,
+                               info["config"]["objective"], curve_points=20)
+    # Bits per byte compare models of different tokenizers; nats per token don't.
+    num_bytes = len(tokenizer.decode_bytes(x_0.flatten().tolist()))
+    bits_per_byte = bound.nats * x_0.numel() / math.log(2) / num_bytes
+    print(describe(bound, bits_per_byte))
+    print(f"  from {x_0.numel()} of {len(ids)} tokens, in rows of {T}")
+
+
+@command("sample.py", ValueError)  # of options that don't suit the model
+def main(arguments: list[str]) -> None:
+    cmd = load(Command, None, arguments, "sample.py", __doc__)
+    choose_device(cmd.device)  # if it isn't there, say so before anything is loaded
+    model, info = load_checkpoint(cmd.checkpoint, cmd.device)
+    tokenizer = get_tokenizer(info["tokenizer"])
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise CheckpointError(f"{cmd.checkpoint} does not have the vocabulary of its tokenizer")
+    (score if cmd.score else write)(cmd, model, info, tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""One place that turns errors into lines: every command of this repository ends here.
+
+Exit codes: 0 done; 2 a mistake of the user's, which has changed nothing; 1 a failure at run time (a
+full disk, a loss that is NaN, a lost process); 130 Ctrl-C. A bug keeps its traceback.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class Mistake(Exception):
+    """Something that the user can put right; the message is one line that names it and the fix."""
+
+
+def command(prog: str, *mistakes: type[Exception]) -> Callable:
+    """Decorate `main(arguments) -> exit code`. `mistakes`: further errors that are the user's."""
+
+    def decorate(main: Callable) -> Callable:
+        @functools.wraps(main)
+        def wrapped(arguments: list[str] | None = None) -> int:
+            try:
+                return main(sys.argv[1:] if arguments is None else arguments) or 0
+            except (Mistake, *mistakes) as error:
+                code, message = 2, str(error)
+            except (FloatingPointError, OSError) as error:  # diverged, disk full
+                code, message = 1, str(error)
+            except (MemoryError, RuntimeError) as error:
+                code, message = 1, explain(error)
+                if message is None:
+                    raise
+            except KeyboardInterrupt:
+                code, message = 130, "stopped"
+            print(f"{prog}: {message}", file=sys.stderr)
+            return code
+
+        return wrapped
+
+    return decorate
+
+
+def explain(error: Exception) -> str | None:
+    """One line for a failure of the machine; None for what can only be a bug."""
+    if isinstance(error, MemoryError) or "alloc" in str(error) or "out of memory" in str(error):
+        return f"out of memory: try a smaller batch, as with --micro-batch-size ({error!r:.200})"
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():
+        return f"a process of this run was lost, go on with --resume ({error!r:.200})"
+    return None

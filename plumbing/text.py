@@ -1,0 +1,48 @@
+"""Between what people read and type and what a model reads and writes."""
+
+import codecs
+import re
+
+import tiktoken
+
+HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
+
+
+def tokens_with_holes(text: str, tokenizer: tiktoken.Encoding, mask_id: int) -> list[int]:
+    """"The [MASK:20] of": the tokens of what is given, and 20 mask tokens. [MASK] is just one."""
+    # re.split with one group: given, size of the hole, given, size of the hole, ..., given
+    parts = HOLE.split(text)
+    if len(parts) == 1:
+        raise ValueError("--text has no hole; write one as [MASK:20], for 20 hidden tokens")
+    ids = tokenizer.encode_ordinary(parts[0])  # as it is, spaces included
+    for size, given in zip(parts[1::2], parts[2::2], strict=True):
+        ids += [mask_id] * min(int(size or 1), 10**7)  # a typo must not fill the memory
+        ids += tokenizer.encode_ordinary(given)
+    return ids
+
+
+def harmless(character: str) -> str:
+    """The character itself, spelled out if it could drive the terminal."""
+    plain = character.isprintable() or character in "\n\t"
+    return character if plain else f"\\x{ord(character):02x}"
+
+
+def token_texts(ids: list[int], tokenizer: tiktoken.Encoding, mask_id: int,
+                whole: bool) -> list[str | None]:
+    """What each token adds to the text, None where hidden; up to the end-of-text token or `whole`.
+
+    A character of several tokens comes with the last of them. What a model writes must not drive
+    the terminal: control characters are spelled out.
+    """
+    if tokenizer.eot_token in ids and not whole:
+        ids = ids[: ids.index(tokenizer.eot_token)]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts = []
+    for token, following in zip(ids, [*ids[1:], mask_id], strict=False):
+        text = None
+        if token != mask_id:
+            given = tokenizer.decode_single_token_bytes(token)
+            text = decoder.decode(given, final=following == mask_id)
+            text = "".join(map(harmless, text))
+        texts.append(text)
+    return texts
