@@ -15,11 +15,11 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 quickstart: .venv/installed
 	$(BIN)/python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
-	$(BIN)/python train.py configs/quickstart.toml $(if $(wildcard out/quickstart/state.pt),--resume)
+	$(BIN)/python train.py configs/quickstart.toml $(if $(wildcard out/quickstart/state.safetensors),--resume)
 	$(BIN)/python sample.py --checkpoint out/quickstart --prefix "The state of the Union " --num-samples 4 \
 		--steps 64 --order confidence --gumbel 1 --remask renoise --temperature 0.5 > out/quickstart/samples.txt
 	cat out/quickstart/samples.txt
-	$(BIN)/python -m bench.words data/sotu out/quickstart/samples.txt
+	$(BIN)/python -m experiments.words data/sotu out/quickstart/samples.txt
 
 # In the order of docs/guide.md. What they train stays in out/experiments, for the next time.
 EXPERIMENTS = masking_viz training_dynamics schedules sampling_methods temperature steps adaptive \
@@ -29,10 +29,10 @@ experiments: twin
 	set -e; for name in $(EXPERIMENTS); do \
 		echo; echo "== python -m experiments.$$name"; $(BIN)/python -m experiments.$$name; done
 
-twin: .venv/installed-dev out/quickstart-ar/model.pt
-out/quickstart-ar/model.pt: .venv/installed
+twin: .venv/installed-dev out/quickstart-ar/model.safetensors
+out/quickstart-ar/model.safetensors: .venv/installed
 	$(BIN)/python train.py configs/quickstart.toml --objective autoregressive --out-dir out/quickstart-ar \
-		$(if $(wildcard out/quickstart-ar/state.pt),--resume)
+		$(if $(wildcard out/quickstart-ar/state.safetensors),--resume)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not slow and not reliability"
@@ -41,7 +41,7 @@ test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
 
 test-reliability: .venv/installed-dev
-	$(BIN)/python -m pytest -v --durations=0 tests/test_reliability.py tests/test_foreign_files.py
+	$(BIN)/python -m pytest -v --durations=0 tests/safety
 
 TORCH ?= 2.9.1
 test-oldest:

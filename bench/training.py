@@ -2,16 +2,18 @@
 
 Four ways to train the same network, one step of each in turn, in one process:
 
-    masked   this repository: the vocabulary head at the hidden places only, one static shape
-    full     logits of all places, as other masked diffusion code has them; otherwise the same
-    naive    the same as such code usually has it: float32 logits, and the loss outside the compiled part
+    masked   this repository: the vocabulary head at hidden positions only, one static shape
+    full     logits of all positions, as other masked diffusion code has them; otherwise the same
+    naive    as such code usually is: float32 logits, and the loss outside the compiled part
     gpt      the causal twin with its full head: a nanoGPT step
 
-Figures are medians over the repeats, after the first steps (which compile). MFU is the share of a ceiling:
-the FLOP/s that plain matrix products reach in the same run. Peak memory is each way's own on a GPU; on a CPU
-it is the process's, so ask for one way at a time (`--ways masked`). Ends with one JSON line.
+The numbers are medians over the repeats, after the first steps (which compile). MFU is a fraction
+of the FLOP/s that plain matrix products reach in the same run. Peak memory is each way's own on a
+GPU; on a CPU it is the process's, so ask for one way at a time (`--ways masked`). Ends with one
+JSON line.
 
-On a CPU under Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in front of the command makes all of them faster.
+On a CPU under Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in front of the command makes all of
+them faster.
 """
 
 import argparse
@@ -28,36 +30,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs import ConfigError, Parser
-from diffusion import Batch, corrupt, keyed_generator, loss
-from model import (
-    ModelConfig,
-    Transformer,
-    choose_dtype,
-    count_parameters,
-    flops_per_token,
-    optimizer_groups,
+from diffusion import (
+    Batch,
+    Masking,
+    ask,
+    draw_mask,
+    draw_num_maskable,
+    draw_num_masked,
+    keyed_generator,
+    loss,
+    weigh,
 )
-from train import Muon, can_compile, choose_device, keep_freed_memory, matmul_ceiling
+from model import ModelConfig, Transformer, count_parameters, optimizer_groups
+from plumbing.command import command
+from plumbing.config import Parser
+from plumbing.machine import (
+    autocast,
+    can_compile,
+    choose_device,
+    choose_dtype,
+    flops_per_token,
+    keep_freed_memory,
+    matmul_ceiling,
+)
+from plumbing.muon import Muon
 
 SHAPES = {  # ModelConfig, rows per step on a CPU, rows per step on a GPU
     "quickstart": (ModelConfig(257, 256, n_layer=4, n_head=3, n_embd=192), 8, 256),
     "shakespeare": (ModelConfig(257, 256, n_layer=6, n_head=6, n_embd=384), 32, 256),
     "gpt2": (ModelConfig(50257, 1024, n_layer=12, n_head=12, n_embd=768), 2, 32),
 }
-
-
 WAYS = ("masked", "full", "naive", "gpt")
 
 
 def full_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss from logits of all places; `batch` asks about every place, some with weight 0."""
-    ce = F.cross_entropy(model(batch.inputs).float().flatten(0, 1), batch.targets, reduction="none")
+    """The loss from logits of all positions; `batch` predicts all of them, some with weight 0."""
+    logits = model(batch.inputs).float().flatten(0, 1)
+    ce = F.cross_entropy(logits, batch.targets, reduction="none")
     return (batch.weights * ce).sum()
 
 
 def everywhere(batch: Batch, x_0: Tensor) -> Batch:
-    """The same question asked of all places: the weights of the visible ones are 0."""
+    """The same question about all positions: the weights of the visible ones are 0."""
     weights = torch.zeros(x_0.numel()).index_add_(0, batch.positions, batch.weights)
     return Batch(batch.inputs, torch.arange(x_0.numel()), x_0.flatten(), weights)
 
@@ -67,37 +81,49 @@ class Way:
 
     def __init__(self, name: str, args: argparse.Namespace):
         torch.manual_seed(0)
-        self.name, self.rows, self.device, self.dtype = name, args.rows, args.device, args.dtype
+        self.name = name
+        self.rows = args.rows
+        self.device = args.device
+        self.dtype = args.dtype
         self.config = dataclasses.replace(args.config, causal=name == "gpt")
+        objective = "autoregressive" if name == "gpt" else "diffusion"
+        self.masking = Masking(objective, weighting="token")
         self.model = Transformer(self.config).to(self.device)
         matrices, tables = optimizer_groups(self.model)
         if args.optimizer == "muon":
-            self.optimizers = [Muon(matrices, 0.02, dtype=self.dtype), torch.optim.AdamW(tables, fused=True)]
+            self.optimizers = [Muon(matrices, 0.02, dtype=self.dtype),
+                               torch.optim.AdamW(tables, fused=True)]
         else:
             self.optimizers = [torch.optim.AdamW(self.model.parameters(), fused=True)]
         compiled = torch.compile if args.compile else lambda function: function
-        network: Callable = self.model
+        self.network: Callable = self.model
+        self.loss: Callable = compiled(loss if name == "masked" else full_loss)
         if name == "naive":
-            network, self.loss = compiled(self.model), full_loss
-        else:
-            self.loss = compiled(loss if name == "masked" else full_loss)
-        self.network = network
+            self.network = compiled(self.model)
+            self.loss = full_loss
         self.seconds: list[float] = []
         self.optimizer_seconds: list[float] = []
-        self.predicted_share = 1.0
+        self.predicted_fraction = 1.0
 
     def step(self, number: int) -> float:
         """One step on random tokens, its masking included; its loss."""
-        T, mask_id = self.config.context_length, self.config.mask_id
-        x_0 = torch.randint(self.config.vocab_size, (self.rows, T), generator=keyed_generator(0, number, "x"))
+        B = self.rows
+        T = self.config.context_length
+        x_0 = torch.randint(self.config.vocab_size, (B, T),
+                            generator=keyed_generator(0, number, "x"))
         started = time.perf_counter()
-        objective = "autoregressive" if self.name == "gpt" else "diffusion"
-        batch = corrupt(x_0, mask_id, keyed_generator(0, number, "mask"), objective, weighting="token")
+        # From here on the lines of train.py.
+        generator = keyed_generator(0, number, "mask")
+        N = draw_num_maskable(T, self.masking, generator)
+        num_masked = draw_num_masked(B, N, self.masking, generator)
+        mask = draw_mask(num_masked, T, T - N, generator)
+        weights = weigh(num_masked, N, self.masking)
+        batch = ask(x_0, mask, weights, self.config.mask_id, self.masking)
         if self.name == "masked":
-            self.predicted_share = batch.positions.numel() / x_0.numel()
+            self.predicted_fraction = batch.positions.numel() / x_0.numel()
         elif self.name != "gpt":
             batch = everywhere(batch, x_0)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with autocast(self.device, self.dtype):
             value = self.loss(self.network, batch.to(self.device))
         value.backward()
         self.synchronize()
@@ -110,32 +136,34 @@ class Way:
         self.optimizer_seconds.append(time.perf_counter() - before_optimizer)
         return value.item()
 
-    def bytes(self) -> int:
-        """What stays allocated between steps: weights and optimizer state."""
+    def resident_bytes(self) -> int:
+        """What stays on the GPU between steps: weights and optimizer state."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
-        tensors += [tensor for state in states for tensor in state.values() if tensor.is_cuda]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                tensors += state.values()
+        return sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def figures(self, warm_up: int, ceiling: float) -> dict:
-        seconds, median = self.seconds[warm_up:], statistics.median(self.seconds[warm_up:])
+    def results(self, warm_up: int, ceiling: float) -> dict:
+        seconds = self.seconds[warm_up:]
+        median = statistics.median(seconds)
         speed = self.rows * self.config.context_length / median
-        flops = flops_per_token(self.config, self.predicted_share)
+        flops = flops_per_token(self.config, self.predicted_fraction)
+        optimizing = statistics.median(self.optimizer_seconds[warm_up:])
         return {"tokens_per_second": round(speed), "spread": max(seconds) / min(seconds) - 1,
                 "gflop_per_token": flops / 1e9, "mfu": speed * flops / ceiling,
-                "optimizer_share": statistics.median(self.optimizer_seconds[warm_up:]) / median,
-                "first_step_seconds": self.seconds[0]}
+                "optimizer_share": optimizing / median, "first_step_seconds": self.seconds[0]}
 
 
 def compilations() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="bench.training", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -151,62 +179,70 @@ def parse() -> argparse.Namespace:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--precision", default="auto", choices=("auto", "bfloat16", "float32"))
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
-    args = parser.parse_args()
-    try:
-        args.device = choose_device(args.device)
-    except ConfigError as error:
-        parser.error(str(error))
+    args = parser.parse_args(arguments)
+    if min(args.repeats, args.warm_up + 1, 1 if args.rows is None else args.rows) < 1:
+        parser.error("--repeats and --rows must be at least 1, --warm-up at least 0")
+    args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.precision, args.device)
     args.compile = args.compile and can_compile()
     config, rows_cpu, rows_gpu = SHAPES[args.shape]
     args.rows = args.rows or (rows_gpu if args.device.type == "cuda" else rows_cpu)
-    changes = {"context_length": args.context_length, "vocab_size": args.vocab_size, "n_embd": args.n_embd,
-               "n_head": args.n_embd and max(1, args.n_embd // 64)}
-    args.config = ModelConfig(**vars(config) | {name: value for name, value in changes.items() if value})
+    changes = {"context_length": args.context_length, "vocab_size": args.vocab_size,
+               "n_embd": args.n_embd, "n_head": args.n_embd and max(1, args.n_embd // 64)}
+    changes = {name: value for name, value in changes.items() if value}
+    args.config = dataclasses.replace(config, **changes)
     return args
 
 
-def main() -> int:
-    args = parse()
+@command("bench.training")
+def main(arguments: list[str]) -> None:
+    args = parse(arguments)
     keep_freed_memory()
-    ways, compiled, memory, ceilings = [Way(name, args) for name in args.ways], {}, {}, []
-    print(f"{args.shape}: {count_parameters(ways[0].model) / 1e6:.1f}M parameters, {args.rows} rows of "
-          f"{args.config.context_length} tokens, {args.dtype}, {'compiled' if args.compile else 'eager'}, "
-          f"{args.optimizer}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    ways = [Way(name, args) for name in args.ways]
+    compiled = dict.fromkeys(args.ways, 0)
+    memory = {}
+    ceilings = []
+    print(f"{args.shape}: {count_parameters(ways[0].model) / 1e6:.1f}M parameters, "
+          f"{args.rows} rows of {args.config.context_length} tokens, {args.dtype}, "
+          f"{'compiled' if args.compile else 'eager'}, {args.optimizer}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
     for number in range(args.warm_up + args.repeats):
         ceilings.append(matmul_ceiling(args.device, args.dtype))
         for way in ways:
             before = compilations()
             if args.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                others = torch.cuda.memory_allocated() - way.bytes()
+                others = torch.cuda.memory_allocated() - way.resident_bytes()
             way.step(number)
-            compiled[way.name] = compiled.get(way.name, 0) + compilations() - before
+            compiled[way.name] += compilations() - before
             if args.device.type == "cuda":
                 memory[way.name] = (torch.cuda.max_memory_allocated() - others) / 1e9
             elif len(ways) == 1:
-                memory[way.name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-            print(f"  step {number} {way.name}: {way.seconds[-1]:.2f} s", file=sys.stderr, flush=True)
+                kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                memory[way.name] = kilobytes * 1024 / 1e9
+            print(f"  step {number} {way.name}: {way.seconds[-1]:.2f} s", file=sys.stderr,
+                  flush=True)
 
-    ceiling, figures = max(ceilings), {}
+    ceiling = max(ceilings)
+    results = {}
     print(f"matrix products reach {ceiling / 1e9:,.0f} GFLOP/s\n")
-    print("way      tokens/s   spread  GFLOP/token    MFU  optimizer  compilations  first step  peak memory  "
-          f"{ways[0].name} is")
+    print("way      tokens/s   spread  GFLOP/token    MFU  optimizer  compilations  first step  "
+          f"peak memory  {ways[0].name} is")
     for way in ways:
-        row = way.figures(args.warm_up, ceiling)
+        row = way.results(args.warm_up, ceiling)
         row |= {"compilations": compiled[way.name], "peak_gb": memory.get(way.name)}
-        figures[way.name] = row
-        relative = figures[ways[0].name]["tokens_per_second"] / row["tokens_per_second"]
+        results[way.name] = row
+        relative = results[ways[0].name]["tokens_per_second"] / row["tokens_per_second"]
         peak = f"{row['peak_gb']:.2f} GB" if row["peak_gb"] else "-"
         print(f"{way.name:8} {row['tokens_per_second']:8,} {row['spread']:8.1%} "
               f"{row['gflop_per_token']:12.3f} {row['mfu']:6.1%} {row['optimizer_share']:10.1%} "
-              f"{row['compilations']:13} {row['first_step_seconds']:9.1f} s {peak:>12} {relative:7.2f}x")
+              f"{row['compilations']:13} {row['first_step_seconds']:9.1f} s {peak:>12} "
+              f"{relative:7.2f}x")
     print(json.dumps({"shape": args.shape, "rows": args.rows, "config": vars(args.config),
-                      "dtype": str(args.dtype), "compiled": args.compile, "optimizer": args.optimizer,
-                      "torch": torch.__version__, "device": str(args.device),
-                      "malloc": os.environ.get("GLIBC_TUNABLES"), "ceiling_gflops": ceiling / 1e9,
-                      "ways": figures}))
-    return 0
+                      "dtype": str(args.dtype), "compiled": args.compile,
+                      "optimizer": args.optimizer, "torch": torch.__version__,
+                      "device": str(args.device), "malloc": os.environ.get("GLIBC_TUNABLES"),
+                      "ceiling_gflops": ceiling / 1e9, "ways": results}))
 
 
 if __name__ == "__main__":

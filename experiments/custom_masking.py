@@ -1,18 +1,20 @@
 """Which mask ratios should training draw? python -m experiments.custom_masking
 
-A distribution of the training mask ratio is one line, its cumulative distribution function (CDF) on [0,1].
-CUSTOM below has two of our own, and nothing in the core is edited: with those lines added to its table,
-train.py is `python -m experiments.custom_masking train configs/quickstart.toml --mask-ratio high ...`. Each
-distribution trains a model of the quickstart's shape, on the same text for as many steps:
+A distribution of the training mask ratio is one line, its cumulative distribution function (CDF) on
+[0,1]. CUSTOM below has two of our own, and nothing in the core is edited: with those lines added to
+its table, train.py is `python -m experiments.custom_masking train configs/quickstart.toml
+--mask-ratio high ...`. Each distribution trains a model of the quickstart's shape, on the same text
+for as many steps:
 
-    hidden     mean share of a row that is hidden in training
-    NELBO      on validation text, all levels weighing alike whatever the training drew; nats per token
+    hidden     mean mask ratio in training
+    NELBO      on validation text, all levels weighing alike whatever the training drew; nats per
+               token
     - bell     the same minus bell's, taken pair of rows by pair of rows: known better than either
     CE at ...  cross-entropy per hidden token when 10%, 50%, 90% and all of the text is hidden
 
-With weighting "token", the default, hidden tokens count alike: a row of which a share t is hidden counts t
-times as much as an all-hidden one. The training loss is then the mean of CE(t) not under the density q(t)
-that is drawn but under t q(t), normalised.
+With weighting "token", the default, hidden tokens count alike: a row with mask ratio t counts t
+times as much as an all-hidden one. The training loss is then the mean of CE(t) not under the
+density q(t) that is drawn but under t q(t), normalised.
 """
 
 import sys
@@ -22,8 +24,12 @@ import torch
 from torch import Tensor
 
 from diffusion import MASK_RATIOS, draw_mask, keyed_generator, mean_and_error, row_losses
-from experiments import lab
-from model import Transformer, load_checkpoint
+from experiments.lab.command import answer, count, flags, several
+from experiments.lab.pictures import draw
+from experiments.lab.runs import autocast, pair_nelbos, rows_of, trained
+from model import Transformer
+from plumbing.checkpoint import load_checkpoint
+from plumbing.command import command
 
 CUSTOM: dict[str, Callable[[Tensor], Tensor]] = {
     "high": lambda t: t**2,  # density 2t: mostly hidden rows
@@ -43,13 +49,15 @@ def train(arguments: list[str]) -> int:
 
 @torch.no_grad()
 def by_level(model: Transformer, x_0: Tensor) -> Tensor:
-    """(levels, R) float64: each row's CE when a share of it is hidden, at the same places for every model."""
-    (R, N), rows = x_0.shape, []
+    """(levels,R) float64: each row's CE by mask ratio, at the same positions for every model."""
+    R, N = x_0.shape
+    rows = []
     for level in LEVELS:
-        m = torch.full((R,), max(1, round(level * N)))
-        mask = draw_mask(m, N, 0, keyed_generator(0, round(level * N), "custom masking"))
-        hidden = x_0.masked_fill(mask, model.config.mask_id)
-        rows.append(row_losses(model, hidden, x_0, mask, batch_size=32))
+        m = max(1, round(level * N))
+        generator = keyed_generator(0, round(level * N), "custom masking")
+        mask = draw_mask(torch.full((R,), m), N, 0, generator)
+        x_t = x_0.masked_fill(mask, model.config.mask_id)
+        rows.append(row_losses(model, x_t, x_0, mask))
     return torch.stack(rows)
 
 
@@ -60,7 +68,7 @@ def density(name: str, points: int = 200) -> tuple[Tensor, Tensor]:
 
 
 def paint(axes, curves: dict[str, Tensor], base: str) -> None:
-    """Four panels: what is drawn, what the loss is made of, what was learned, and that minus `base`'s."""
+    """What is drawn, what the loss is made of, what was learned, and that minus `base`'s."""
     (drawn, counted), (learned, compared) = axes
     for name, rows in curves.items():
         t, q = density(name)
@@ -74,21 +82,22 @@ def paint(axes, curves: dict[str, Tensor], base: str) -> None:
     learned.set(title="What was learned", ylabel="CE(t), nats per hidden token")
     compared.set(title=f"The same, minus {base}'s", ylabel="nats per hidden token")
     for axis in axes.flat:
-        axis.set_xlabel("share hidden t")
+        axis.set_xlabel("mask ratio t")
         axis.legend()
 
 
 def conclude(pairs: dict[str, Tensor], curves: dict[str, Tensor], base: str) -> str:
-    """The answer in words, from `lab.pair_nelbos` and `by_level` of each distribution."""
+    """The answer in words, from `pair_nelbos` and `by_level` of each distribution."""
     best = min(pairs, key=lambda name: pairs[name].mean())
     tied = [name for name in pairs if name != best and not differ(pairs[name], pairs[best])]
     text = f"{best} has the lowest NELBO, {pairs[best].mean():.3f} nats/token"
     text += f", but {' and '.join(tied)} cannot be told from it" if tied else ""
-    for name in (name for name in CUSTOM if name in pairs and name != base):
-        few, many = (mean_and_error(curves[name][LEVELS.index(t)] - curves[base][LEVELS.index(t)])
-                     for t in (0.1, 1.0))
-        text += (f"; mostly {name} ratios instead of {base} change CE by {few[0]:+.3f} +- {few[1]:.3f} at "
-                 f"10% hidden and by {many[0]:+.3f} +- {many[1]:.3f} at 100%")
+    for name in CUSTOM:
+        if name in pairs and name != base:
+            few, many = ("{:+.3f} +- {:.3f}".format(*mean_and_error(
+                curves[name][LEVELS.index(t)] - curves[base][LEVELS.index(t)])) for t in (0.1, 1.0))
+            text += (f"; mostly {name} ratios instead of {base} change CE by {few} at 10% hidden "
+                     f"and by {many} at 100%")
     return text
 
 
@@ -98,30 +107,33 @@ def differ(a: Tensor, b: Tensor) -> bool:
     return abs(mean) > 2 * error
 
 
-@lab.command
-def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
+@command("experiments.custom_masking")
+def main(arguments: list[str]) -> None:
     if arguments[:1] == ["train"]:
         sys.exit(train(arguments[1:]))
-    parser = lab.flags("custom_masking", __doc__, checkpoint=False)
+    parser = flags("custom_masking", __doc__, checkpoint=False)
     add = parser.add_argument
-    add("--ratios", nargs="+", default=["bell", *(name for name in ALL if name != "bell")], choices=ALL,
-        metavar="NAME", help=f"of {', '.join(ALL)}; the first is compared with (default: all, bell first)")
+    add("--ratios", nargs="+", default=["bell", *(name for name in ALL if name != "bell")],
+        choices=ALL, metavar="NAME",
+        help=f"of {', '.join(ALL)}; the first is compared with (default: all, bell first)")
     add("--config", default="configs/quickstart.toml", help="(default: the quickstart's)")
-    add("--steps", type=lab.count, default=200, help="of training, each (default: 200)")
-    add("--rows", type=lab.several, default=512, help="windows of validation text (default: 512)")
+    add("--steps", type=count, default=200, help="of training, each (default: 200)")
+    add("--rows", type=several, default=512, help="windows of validation text (default: 512)")
     args = parser.parse_args(arguments)
 
-    pairs, curves, hidden = {}, {}, {}
+    pairs = {}
+    curves = {}
+    hidden = {}
     for name in args.ratios:
-        settings = ["--mask-ratio", name, "--steps", str(args.steps), "--data-dir", args.data_dir,
-                    "--eval-interval", str(args.steps), "--final-eval-rows", "32"]  # we measure better below
+        steps = str(args.steps)
+        settings = ["--mask-ratio", name, "--steps", steps, "--data-dir", args.data_dir,
+                    "--eval-interval", steps, "--final-eval-rows", "32"]  # we measure better below
         program = ("-m", "experiments.custom_masking", "train")
-        folder = lab.trained(f"masking-{name}", *settings, config=args.config, program=program)
+        folder = trained(f"masking-{name}", *settings, config=args.config, program=program)
         model, _ = load_checkpoint(folder)
-        x_0 = lab.rows_of(args.data_dir, args.rows, model.config.context_length)
-        with lab.autocast():
-            pairs[name] = lab.pair_nelbos(model, x_0, model.config.mask_id)
+        x_0 = rows_of(args.data_dir, args.rows, model.config.context_length)
+        with autocast():
+            pairs[name] = pair_nelbos(model, x_0, model.config.mask_id)
             curves[name] = by_level(model, x_0[::4])
         t, q = density(name)
         hidden[name] = (t * q).mean().item()
@@ -129,16 +141,18 @@ def main(arguments: list[str] | None = None) -> None:
 
     print(f"\n{'mask ratio':10} {'hidden':>6} {'NELBO <=':>16} {'- ' + base:>17}"
           + "".join(f"{f'CE at {t:.0%}':>11}" for t in SHOWN))
-    figures = []
+    runs = []
     for name, rows in curves.items():
-        (nats, error), (more, more_error) = map(mean_and_error, (pairs[name], pairs[name] - pairs[base]))
+        nats, error = mean_and_error(pairs[name])
+        more, more_error = mean_and_error(pairs[name] - pairs[base])
         ce = [rows[LEVELS.index(t)].mean().item() for t in SHOWN]
-        print(f"{name:10} {hidden[name]:6.0%} {nats:7.3f} +- {error:.3f} {more:+8.3f} +- {more_error:.3f}"
-              + "".join(f"{value:11.3f}" for value in ce))
-        figures.append({"mask_ratio": name, "hidden": hidden[name], "nelbo": nats, "stderr": error,
-                        "more": more, "more_stderr": more_error, "ce": dict(zip(SHOWN, ce, strict=True))})
-    lab.draw(args.picture, lambda axes: paint(axes, curves, base), columns=2, rows=2)
-    lab.answer(f"after {args.steps} steps {conclude(pairs, curves, base)}.", {"runs": figures})
+        print(f"{name:10} {hidden[name]:6.0%} {nats:7.3f} +- {error:.3f} {more:+8.3f} +- "
+              f"{more_error:.3f}" + "".join(f"{value:11.3f}" for value in ce))
+        runs.append({"mask_ratio": name, "hidden": hidden[name], "nelbo": nats, "stderr": error,
+                     "more": more, "more_stderr": more_error,
+                     "ce": dict(zip(SHOWN, ce, strict=True))})
+    draw(args.picture, lambda axes: paint(axes, curves, base), columns=2, rows=2)
+    answer(f"after {args.steps} steps {conclude(pairs, curves, base)}.", {"runs": runs})
 
 
 if __name__ == "__main__":

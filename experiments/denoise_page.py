@@ -1,15 +1,19 @@
-"""Watch a text being written, in a browser: python -m experiments.denoise_page STEPS.jsonl PAGE.html
+"""Watch a text being written: python -m experiments.denoise_page STEPS.jsonl PAGE.html
 
     python sample.py --prefix "The state of the Union" --steps 40 --jsonl steps.jsonl
 
-writes the steps. The page holds everything it needs: no network, no library. A slider and a play button move
-through the steps; a token's colour is the step at which it was written (dark early, light late), a ring marks
-what was written in the step on show, and hovering tells the probability.
+writes the steps. The page, to be opened in a browser, holds everything it needs: no network, no
+library. A slider and a play button move through the steps; a token's colour is the step at which it
+was written (dark early, light late), a ring marks what was written in the step on show, and
+hovering tells the probability.
 """
 
 import json
 import sys
 from pathlib import Path
+
+from plumbing.command import Mistake, command
+from plumbing.config import Parser
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -22,7 +26,8 @@ PAGE = """<!doctype html>
   header { position: sticky; top: 0; background: #fff; padding: .5em 0; display: flex; gap: 1em }
   #step { flex: 1 }
   #label { min-width: 15em; text-align: right; font-variant-numeric: tabular-nums }
-  p { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: 15px }
+  p { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace;
+      font-size: 15px }
   span { border-radius: 3px }
   .hidden { color: #bbb }
   .again { color: #c22 }
@@ -37,13 +42,14 @@ PAGE = """<!doctype html>
 <script type="application/json" id="frames">FRAMES</script>
 <script>
   const frames = JSON.parse(document.getElementById("frames").textContent)
-  const slider = document.getElementById("step"), play = document.getElementById("play")
+  const slider = document.getElementById("step")
+  const play = document.getElementById("play")
   const last = frames.length - 1
   slider.max = last
 
-  // One place: its text, the step `since` which it has been so, and the probability. Text is set as text,
-  // never as markup: a model may write anything.
-  function place(text, since, probability, step) {
+  // One position: its text, the step `since` which it has been so, and the probability. Text is set
+  // as text, never as markup: a model may write anything.
+  function position(text, since, probability, step) {
     const span = document.createElement("span")
     if (text === null) {
       span.className = since === step && step > 0 ? "again" : "hidden"
@@ -51,8 +57,10 @@ PAGE = """<!doctype html>
       span.title = "hidden"
     } else {
       span.textContent = text
-      span.title = since === 0 ? "given" : `probability ${probability.toFixed(3)}, written in step ${since}`
-      if (since > 0) span.style.background = `hsl(${210 - 170 * since / last} 80% ${62 + 26 * since / last}%)`
+      const written = `probability ${probability.toFixed(3)}, written in step ${since}`
+      const late = since / last
+      span.title = since === 0 ? "given" : written
+      if (since > 0) span.style.background = `hsl(${210 - 170 * late} 80% ${62 + 26 * late}%)`
       if (since === step && step > 0) span.className = "new"
     }
     return span
@@ -62,7 +70,7 @@ PAGE = """<!doctype html>
     const {texts, since, probability} = frames[step]
     const rows = texts.map((row, r) => {
       const p = document.createElement("p")
-      p.append(...row.map((text, i) => place(text, since[r][i], probability[r][i], step)))
+      p.append(...row.map((text, i) => position(text, since[r][i], probability[r][i], step)))
       return p
     })
     document.querySelector("main").replaceChildren(...rows)
@@ -90,39 +98,40 @@ PAGE = """<!doctype html>
 
 
 def page(steps: list[dict]) -> str:
-    """The page for the lines that `sample.py --jsonl` wrote, {"step", "tokens", "texts", "probability"} each.
+    """The page for the lines of `sample.py --jsonl`: {"step", "tokens", "texts", "probability"}.
 
-    What the page needs besides is `since`: the step in which each place became what it is.
+    What the page needs besides is `since`: the step in which each position became what it is.
     """
-    frames, before, since = [], steps[0]["tokens"], [[0] * len(row) for row in steps[0]["tokens"]]
+    frames = []
+    before = steps[0]["tokens"]
+    since = [[0] * len(row) for row in before]
     for number, step in enumerate(steps):
         since = [[number if new != old else s for new, old, s in zip(*rows, strict=True)]
                  for rows in zip(step["tokens"], before, since, strict=True)]
         before = step["tokens"]
         probability = [[round(p, 4) for p in row] for row in step["probability"]]
         frames.append({"texts": step["texts"], "since": since, "probability": probability})
-    # In JSON "<" can stand only inside a string, where \\u003c means the same and cannot end the script.
-    return PAGE.replace("FRAMES", json.dumps(frames, separators=(",", ":")).replace("<", "\\u003c"))
+    # In JSON "<" stands only inside strings, where \\u003c means the same and can't end the script.
+    text = json.dumps(frames, separators=(",", ":")).replace("<", "\\u003c")
+    return PAGE.replace("FRAMES", text)
 
 
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 2:
-        print("usage: python -m experiments.denoise_page STEPS.jsonl PAGE.html", file=sys.stderr)
-        return 2
+@command("experiments.denoise_page")
+def main(arguments: list[str]) -> None:
+    parser = Parser(prog="experiments.denoise_page", description=__doc__.split("\n")[0])
+    parser.add_argument("steps", metavar="STEPS.jsonl", help="what sample.py --jsonl wrote")
+    parser.add_argument("page", metavar="PAGE.html", type=Path, help="what to write")
+    args = parser.parse_args(arguments)
     try:
-        with open(arguments[0], encoding="utf-8") as lines:
+        with open(args.steps, encoding="utf-8") as lines:
             text = page([json.loads(line) for line in lines])
-        Path(arguments[1]).write_text(text, encoding="utf-8")
+        args.page.write_text(text, encoding="utf-8")
     except OSError as error:
-        print(f"experiments.denoise_page: {error}", file=sys.stderr)
-        return 2
+        raise Mistake(str(error)) from None
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        print(f"experiments.denoise_page: {arguments[0]} is not what sample.py --jsonl writes ({error})",
-              file=sys.stderr)
-        return 2
-    print(f"{arguments[1]}: {len(text) / 1e6:.1f} MB; open it in a browser")
-    return 0
+        raise Mistake(f"{args.steps} is not what sample.py --jsonl writes ({error})") from None
+    print(f"{args.page}: {len(text) / 1e6:.1f} MB; open it in a browser")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,21 +1,25 @@
 """Does it learn a language of your own? python -m experiments.domain
 
-The corpus of one's own is here the Python source that every machine with Python has: the standard library,
-prepared by prepare_data.py as any files would be. Two models of the quickstart's shape train on it for as
-many steps: from scratch, and from the quickstart's weights (--init-from), which know English only.
+The corpus of one's own is here the Python source that every machine with Python has: the standard
+library, prepared by prepare_data.py as any files would be. Two models of the quickstart's shape
+train on it for as many steps: from scratch, and from the quickstart's weights (--init-from), which
+know English only.
 
-The loss says how well. What a user wants to know is whether the output *works*, so a domain needs a metric
-of its own; here: does it parse? Whole samples of 256 bytes hardly ever do, but lines can. A line parses if it
-is a statement by itself, or the head of a block ("if x:", "else:"); empty lines, comments and lines of less
-than 8 characters do not count, nor the first and last line of a sample, which are cut.
+The loss says how well. What a user wants to know is whether the output *works*, so a domain needs a
+metric of its own; here: does it parse? Whole samples of 256 bytes hardly ever do, but lines can. A
+line parses if it is a statement by itself, or the head of a block ("if x:", "else:"); empty lines,
+comments and lines of less than 8 characters do not count, nor the first and last line of a sample,
+which are cut.
 
-    parse      share of the lines of samples that parse, with its standard error
+    parse      fraction of the lines of samples that parse, with its standard error
     lines      how many there were to judge: a sampler may write none, but spaces
-    different  share of different ones among the lines that parse: it may repeat one that does
-    filled     8 bytes inside a real line that parses are hidden and written anew: share that parse again
-    exact      share of these holes in which the very bytes of the real text were written
+    different  fraction of different ones among the lines that parse: it may repeat one that does
+    filled     8 bytes inside a real line that parses are hidden and filled: fraction that still
+               parse
+    exact      fraction of these holes in which the very bytes of the real text were written
 
-Real text, its characters in random order and bytes drawn by their frequency say what a figure is worth.
+Real text, its characters in random order and bytes drawn by their frequency say what a number is
+worth.
 """
 
 import ast
@@ -29,13 +33,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import prepare_data
-from diffusion import generate, mean_and_error
-from experiments import lab
-from model import Transformer, load_checkpoint
+from diffusion import mean_and_error
+from experiments.lab.command import answer, count, flags, several
+from experiments.lab.judge import fraction_and_error
+from experiments.lab.pictures import draw
+from experiments.lab.runs import OUT, autocast, pair_nelbos, rows_of, trained
+from model import Transformer
+from plumbing.checkpoint import load_checkpoint
+from plumbing.command import command
 from prepare_data import DataError, get_tokenizer
+from sample import generate
 
 Decode = Callable[[list[int]], str]
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
@@ -67,11 +77,14 @@ def source_files(folder: Path) -> list[Path]:
 
 
 def parses(line: str) -> bool:
-    """Whether a line is Python by itself: one statement, or the head of a block, which is given a body."""
+    """Whether a line is Python by itself: one statement, or the head of a block, given a body."""
     code = line.strip()
     if len(code.splitlines()) != 1:
         return False
-    code += " pass" if code.endswith(":") else "\ndef f(): pass" if code.startswith("@") else ""
+    if code.endswith(":"):
+        code += " pass"
+    elif code.startswith("@"):
+        code += "\ndef f(): pass"
     if word := re.match(r"(elif|else|except|finally)\b", code):
         code = ("if x: pass\n" if word[1] in ("elif", "else") else "try: pass\n") + code
     try:
@@ -93,10 +106,10 @@ def judge(texts: list[str]) -> dict:
     lines = [line for text in texts for line in counted(text)]
     verdicts = [parses(line) for line in lines]
     good = [line for line, verdict in zip(lines, verdicts, strict=True) if verdict]
-    share, error = lab.share_and_error(verdicts)
-    different = len({*good}) / max(1, len(good))
+    fraction, error = fraction_and_error(verdicts)
     example = min(good, key=lambda line: abs(len(line) - 20), default="")
-    return {"parse": share, "stderr": error, "lines": len(lines), "different": different, "example": example}
+    return {"parse": fraction, "stderr": error, "lines": len(lines),
+            "different": len({*good}) / max(1, len(good)), "example": example}
 
 
 class Hole(NamedTuple):
@@ -108,8 +121,9 @@ class Hole(NamedTuple):
 
 
 def holes(x_0: Tensor, most: int) -> list[Hole]:
-    """A hole in each row that has a line to put it into, until there are `most`; always the same ones."""
-    chance, found = random.Random(0), []
+    """A hole in each row that has a line to put it into, `most` at most; always the same ones."""
+    chance = random.Random(0)
+    found = []
     for row in x_0:
         text = row.clamp(max=255).to(torch.uint8).numpy().tobytes()  # a byte is a token
         lines = [match for match in re.finditer(rb"(?<=\n) *([!-~][ -~]{15,})(?=\n)", text)
@@ -125,25 +139,29 @@ def holes(x_0: Tensor, most: int) -> list[Hole]:
 
 def judge_filled(filled: Tensor, real: list[Hole], decode: Decode) -> dict[str, float]:
     """What the second table says of rows (n,T) whose holes were filled."""
-    good = [parses(decode(row[hole.line].tolist())) for row, hole in zip(filled, real, strict=True)]
-    exact = [torch.equal(row, hole.row) for row, hole in zip(filled, real, strict=True)]
-    (share, error), (same, same_error) = map(lab.share_and_error, (good, exact))
-    return {"filled": share, "stderr": error, "exact": same, "exact_stderr": same_error}
+    pairs = list(zip(filled, real, strict=True))
+    good = [parses(decode(row[hole.line].tolist())) for row, hole in pairs]
+    exact = [torch.equal(row, hole.row) for row, hole in pairs]
+    fraction, error = fraction_and_error(good)
+    same, same_error = fraction_and_error(exact)
+    return {"filled": fraction, "stderr": error, "exact": same, "exact_stderr": same_error}
 
 
 def prepared(source: Path, folder: str) -> str:
     """The folder of the corpus, made as a user would make it, once."""
     if not (Path(folder) / "meta.json").exists():
         files = source_files(source)
-        print(f"$ python prepare_data.py {files[0]} ... ({len(files)} files) --out-dir {folder}", flush=True)
+        print(f"$ python prepare_data.py {files[0]} ... ({len(files)} files) --out-dir {folder}",
+              flush=True)
         if code := prepare_data.main([*map(str, files), "--out-dir", folder]):
             sys.exit(code)
     return folder
 
 
 def baselines(x_0: Tensor, decode: Decode) -> dict[str, list[str]]:
-    """Real rows, the same with the characters of each line in random order, and bytes by frequency."""
-    chance, generator = random.Random(0), torch.Generator().manual_seed(0)
+    """Real rows, the same with the characters of each line shuffled, and bytes by frequency."""
+    chance = random.Random(0)
+    generator = Generator().manual_seed(0)
     texts = [decode(row) for row in x_0.tolist()]
     shuffled = ["\n".join("".join(chance.sample(line, len(line))) for line in text.split("\n"))
                 for text in texts]
@@ -152,11 +170,12 @@ def baselines(x_0: Tensor, decode: Decode) -> dict[str, list[str]]:
             "bytes by frequency": [decode(row) for row in drawn.tolist()]}
 
 
-def write(model: Transformer, samples: int, steps: int, decode: Decode, options: dict) -> list[str]:
+def write(model: Transformer, samples: int, steps: int, decode: Decode,
+          options: dict) -> list[str]:
     """So many texts of the context's length, from nothing."""
     x = torch.full((samples, model.config.context_length), model.config.mask_id)
-    with lab.autocast():
-        written = generate(model, x, model.config.mask_id, steps, generator=torch.Generator().manual_seed(1),
+    with autocast():
+        written = generate(model, x, model.config.mask_id, Generator().manual_seed(1), steps=steps,
                            **options)
     return [decode(row) for row in written.tolist()]
 
@@ -166,44 +185,48 @@ def fill(model: Transformer, real: list[Hole], temperature: float) -> Tensor:
     x = torch.stack([hole.row for hole in real])
     for row, hole in zip(x, real, strict=True):
         row[hole.hidden] = model.config.mask_id
-    with lab.autocast():
-        return generate(model, x, model.config.mask_id, HOLE, order="confidence", temperature=temperature,
-                        generator=torch.Generator().manual_seed(1))
+    with autocast():
+        return generate(model, x, model.config.mask_id, Generator().manual_seed(1), steps=HOLE,
+                        order="confidence", temperature=temperature)
 
 
 def fill_by_chance(real: list[Hole]) -> dict[str, Tensor]:
-    """The same rows, filled with the hole's own bytes in random order, and with bytes by their frequency."""
-    x, generator = torch.stack([hole.row for hole in real]), torch.Generator().manual_seed(0)
-    shuffled, drawn = x.clone(), x.clone()
+    """The same rows, filled with the hole's own bytes shuffled, and with bytes by frequency."""
+    x = torch.stack([hole.row for hole in real])
+    generator = Generator().manual_seed(0)
+    shuffled = x.clone()
+    drawn = x.clone()
     for i, hole in enumerate(real):
-        shuffled[i, hole.hidden] = x[i, hole.hidden][torch.randperm(HOLE, generator=generator)]
-        drawn[i, hole.hidden] = x.flatten()[torch.randint(x.numel(), (HOLE,), generator=generator)]
+        order = torch.randperm(HOLE, generator=generator)
+        shuffled[i, hole.hidden] = x[i, hole.hidden][order]
+        positions = torch.randint(x.numel(), (HOLE,), generator=generator)
+        drawn[i, hole.hidden] = x.flatten()[positions]
     return {"its bytes shuffled": shuffled, "bytes by frequency": drawn}
 
 
 def paint(axes, lines: dict[str, dict], filled: dict[str, dict]) -> None:
-    """Left the share of lines that parse; right of lines whose hole was filled, exact ones black."""
+    """Left the lines that parse; right those of lines whose hole was filled, exact ones black."""
     for axis, rows, value in zip(axes, (lines, filled), ("parse", "filled"), strict=True):
         names = list(rows)
-        shares = [100 * row[value] for row in rows.values()]
+        percent = [100 * row[value] for row in rows.values()]
         errors = [100 * row["stderr"] * (row.get("lines", 1) > 0) for row in rows.values()]
         colors = ["silver" if name in CHANCE else "tab:blue" for name in names]
-        axis.barh(names, shares, xerr=errors, capsize=3, color=colors)
+        axis.barh(names, percent, xerr=errors, capsize=3, color=colors)
         axis.invert_yaxis()
         axis.set_xlim(0, 100)
         for i, row in enumerate(rows.values()):
             if not row.get("lines", 1):
                 axis.annotate("no lines", (2, i), va="center", color="grey")
     left, right = axes
-    right.barh(list(filled), [100 * row["exact"] for row in filled.values()], height=0.3, color="black",
-               label="exactly the real bytes")
+    right.barh(list(filled), [100 * row["exact"] for row in filled.values()], height=0.3,
+               color="black", label="exactly the real bytes")
     left.set(title="Lines of samples", xlabel="lines that parse, %")
     right.set(title=f"Holes of {HOLE} bytes in real lines", xlabel="filled lines that parse, %")
     right.legend(loc="lower right")
 
 
 def conclude(terms: dict[str, Tensor], lines: dict[str, dict], filled: dict[str, dict]) -> str:
-    """The answer in words, from `lab.pair_nelbos` of each model and the two tables."""
+    """The answer in words, from `pair_nelbos` of each model and the two tables."""
     def said(row: dict, value: str) -> str:
         return f"{row[value]:.0%} +- {row['stderr']:.0%}"
 
@@ -211,25 +234,27 @@ def conclude(terms: dict[str, Tensor], lines: dict[str, dict], filled: dict[str,
     best = max(ours, key=lambda name: ours[name]["parse"])
     gain, error = mean_and_error(terms["from scratch"] - terms["continued"])
     holes_of = {name: said(filled[f"{name}, greedy"], "filled") for name in terms}
-    return (f"starting from English lowers the NELBO by {gain:.3f} +- {error:.3f} nats/byte of Python. "
-            f"With the best sampler, {best.removeprefix('continued, ')}, {said(ours[best], 'parse')} of the "
-            f"written lines parse (of real ones {lines['real text']['parse']:.0%}, of the same shuffled "
-            f"{lines['its lines shuffled']['parse']:.0%}). Of lines with a hole filled greedily parse "
-            f"{holes_of['continued']}, from scratch {holes_of['from scratch']}, by the model that knows only "
-            f"English {holes_of['English only']}.")
+    return (f"starting from English lowers the NELBO by {gain:.3f} +- {error:.3f} nats/byte of "
+            f"Python. With the best sampler, {best.removeprefix('continued, ')}, "
+            f"{said(ours[best], 'parse')} of the written lines parse (of real ones "
+            f"{lines['real text']['parse']:.0%}, of the same shuffled "
+            f"{lines['its lines shuffled']['parse']:.0%}). Of lines with a hole filled greedily "
+            f"parse {holes_of['continued']}, from scratch {holes_of['from scratch']}, by the model "
+            f"that knows only English {holes_of['English only']}.")
 
 
 def line_table(models: dict[str, Transformer], x_0: Tensor, samples: int, steps: int,
                decode: Decode) -> dict:
-    """Print and return what `judge` says of real rows, of chance, and of samples by model and sampler."""
+    """Print and return what `judge` says of real rows, of chance, and of samples."""
     print(f"\n{'lines of':44} {'parse':>12} {'lines':>6} {'different':>10}   one that parses")
     table = {}
 
     def report(name: str, texts: list[str]) -> None:
-        table[name] = row = judge(texts)
-        share = f"{row['parse']:5.0%} +- {row['stderr']:3.0%}" if row["lines"] else "    no lines"
-        print(f"{name:44} {share} {row['lines']:6} {row['different']:10.0%}   {row['example'][:40]!r}",
-              flush=True)
+        row = judge(texts)
+        table[name] = row
+        cell = f"{row['parse']:5.0%} +- {row['stderr']:3.0%}" if row["lines"] else "    no lines"
+        print(f"{name:44} {cell} {row['lines']:6} {row['different']:10.0%}   "
+              f"{row['example'][:40]!r}", flush=True)
 
     for name, texts in baselines(x_0, decode).items():
         report(name, texts)
@@ -241,58 +266,64 @@ def line_table(models: dict[str, Transformer], x_0: Tensor, samples: int, steps:
 
 
 def hole_table(models: dict[str, Transformer], real: list[Hole], decode: Decode) -> dict:
-    """Print and return what `judge_filled` says of holes filled by chance, and by model and temperature."""
-    print(f"\n{f'{len(real)} holes of {HOLE} bytes, filled by':36} {'filled':>12} {'exact':>12}")
+    """Print and return what `judge_filled` says of holes, by who filled them."""
+    title = f"{len(real)} holes of {HOLE} bytes, filled by"
+    print(f"\n{title:36} {'filled':>12} {'exact':>12}")
     table = {}
 
     def report(name: str, rows: Tensor) -> None:
-        table[name] = row = judge_filled(rows, real, decode)
+        row = judge_filled(rows, real, decode)
+        table[name] = row
         print(f"{name:36} {row['filled']:5.0%} +- {row['stderr']:3.0%} {row['exact']:5.0%} +- "
               f"{row['exact_stderr']:3.0%}", flush=True)
 
     for name, rows in fill_by_chance(real).items():
         report(name, rows)
     for name, model in models.items():
-        for label, temperature in (("greedy", 0.0), ("temperature 0.5", 0.5), ("temperature 1", 1.0)):
+        for label, temperature in (("greedy", 0.0), ("temperature 0.5", 0.5),
+                                   ("temperature 1", 1.0)):
             report(f"{name}, {label}", fill(model, real, temperature))
     return table
 
 
-@lab.command
-def main(arguments: list[str] | None = None) -> None:
-    parser = lab.flags("domain", __doc__)
+@command("experiments.domain")
+def main(arguments: list[str]) -> None:
+    parser = flags("domain", __doc__)
     add = parser.add_argument
-    parser.set_defaults(data_dir=str(lab.OUT / "python-source"))
-    add("--source", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="folder of Python files")
+    parser.set_defaults(data_dir=str(OUT / "python-source"))
+    add("--source", type=Path, default=Path(sysconfig.get_paths()["stdlib"]),
+        help="folder of Python files")
     add("--config", default="configs/quickstart.toml", help="(default: the quickstart's)")
-    add("--steps", type=lab.count, default=400, help="of training, each (default: 400)")
-    add("--num-samples", type=lab.count, default=32, help="texts of each sampler (default: 32)")
-    add("--sampling-steps", type=lab.count, default=64, help="to write them in (default: 64)")
-    add("--holes", type=lab.count, default=160, help="to fill (default: 160)")
-    add("--rows", type=lab.several, default=384, help="windows of validation text (default: 384)")
+    add("--steps", type=count, default=400, help="of training, each (default: 400)")
+    add("--num-samples", type=count, default=32, help="texts of each sampler (default: 32)")
+    add("--sampling-steps", type=count, default=64, help="to write them in (default: 64)")
+    add("--holes", type=count, default=160, help="to fill (default: 160)")
+    add("--rows", type=several, default=384, help="windows of validation text (default: 384)")
     args = parser.parse_args(arguments)
     english, info = load_checkpoint(args.checkpoint)
     decode = get_tokenizer(info["tokenizer"]).decode
     folder = prepared(args.source, args.data_dir)
-    settings = ["--data-dir", folder, "--steps", str(args.steps), "--eval-interval", str(args.steps),
+    steps = str(args.steps)
+    settings = ["--data-dir", folder, "--steps", steps, "--eval-interval", steps,
                 "--final-eval-rows", "32"]  # we measure better below
-    scratch = lab.trained("python-scratch", *settings, config=args.config)
-    continued = lab.trained("python-continued", *settings, "--init-from", args.checkpoint, config=args.config)
+    scratch = trained("python-scratch", *settings, config=args.config)
+    continued = trained("python-continued", *settings, "--init-from", args.checkpoint,
+                        config=args.config)
     models = {"English only": english, "from scratch": load_checkpoint(scratch)[0],
               "continued": load_checkpoint(continued)[0]}
 
-    x_0 = lab.rows_of(folder, args.rows, english.config.context_length)
+    x_0 = rows_of(folder, args.rows, english.config.context_length)
     terms = {}
     print(f"\n{'model':36} NELBO <=, nats per byte of Python")
     for name, model in models.items():
-        with lab.autocast():
-            terms[name] = lab.pair_nelbos(model, x_0, model.config.mask_id)
+        with autocast():
+            terms[name] = pair_nelbos(model, x_0, model.config.mask_id)
         print("{:36} {:.3f} +- {:.3f}".format(name, *mean_and_error(terms[name])), flush=True)
     lines = line_table(models, x_0, args.num_samples, args.sampling_steps, decode)
     filled = hole_table(models, holes(x_0, args.holes), decode)
-    lab.draw(args.picture, lambda axes: paint(axes, lines, filled), columns=2, width=7, height=5)
+    draw(args.picture, lambda axes: paint(axes, lines, filled), columns=2, width=7, height=5)
     bounds = {name: values.mean().item() for name, values in terms.items()}
-    lab.answer(conclude(terms, lines, filled), {"nelbo": bounds, "lines": lines, "filled": filled})
+    answer(conclude(terms, lines, filled), {"nelbo": bounds, "lines": lines, "filled": filled})
 
 
 if __name__ == "__main__":

@@ -1,47 +1,50 @@
-"""Does text that is read again and again teach diffusion longer than GPT? python -m experiments.repetition
+"""Does repeated text teach diffusion for longer than GPT? python -m experiments.repetition
 
-Two twins, the same network at the same settings, read a corpus of 32 KB for many epochs. GPT is asked the
-same questions in every epoch: the next byte after the same left side. Diffusion is asked others each time,
-since every epoch hides other places. So it should profit from repetition for longer (arXiv:2507.15857).
+Two twins, the same network at the same settings, read a corpus of 32 KB for many epochs. GPT gets
+the same questions in every epoch: the next byte after the same left side. Diffusion gets others
+each time, since every epoch hides other positions. So it should profit from repetition for longer
+(arXiv:2507.15857).
 
-The corpus is taken evenly from the training text; validation text is the usual one. Learning rates are
-constant after the warm-up, so that a curve falls or rises by what was read, not by the schedule.
+The corpus is taken evenly from the training text; validation text is the usual one. Learning rates
+are constant after the warm-up, so that a curve falls or rises by what was read, not by the
+schedule.
 
     epochs    how often the corpus has been read
-    training  the loss of the steps since the row before: for diffusion the default objective (the bell of
-              mask ratios, hidden tokens weighed alike), not the bound
+    training  the loss of the steps since the row before: for diffusion the default objective (the
+              bell of mask ratios, hidden tokens weighed alike), not the bound
     NELBO <=  of the diffusion model on validation text, nats per byte; an upper bound
     NLL       of the twin there; exact
 """
 
-import json
 import sys
 from pathlib import Path
 
-from experiments import lab
+from experiments.lab.command import answer, count, flags
+from experiments.lab.pictures import draw
+from experiments.lab.runs import OUT, read_log, read_run, small_corpus, trained
+from plumbing.command import command
 from prepare_data import TokenFile
 
 OBJECTIVES = {"diffusion": "NELBO <=", "autoregressive": "NLL"}
 
 
-def read_run(folder: Path, tokens: int) -> dict[str, list[float]]:
-    """What a run's log says, a number for each evaluation: epochs, training, validation, stderr."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tokens_per_step = config["batch_size"] * config["context_length"]
-    lines, evaluations = lab.read_log(folder)
-    training = {line["step"]: line["loss"] for line in lines}
-    return {"epochs": [point["step"] * tokens_per_step / tokens for point in evaluations],
-            "training": [training[point["step"]] for point in evaluations],
-            "validation": [point["nats"] for point in evaluations],
-            "stderr": [point["stderr"] for point in evaluations]}
+def curves_of(folder: Path, tokens: int) -> dict[str, list[float]]:
+    """A number for each evaluation of a run: epochs, training, validation, stderr."""
+    points = read_run(folder).points
+    training = {line["step"]: line["loss"] for line in read_log(folder)[0]}
+    return {"epochs": [point.tokens / tokens for point in points],
+            "training": [training[point.step] for point in points],
+            "validation": [point.nats for point in points],
+            "stderr": [point.stderr for point in points]}
 
 
 def verdict(run: dict[str, list[float]]) -> dict:
-    """The best evaluation and the last; `turned`: the last is worse by more than its standard error."""
+    """The best evaluation and the last; `turned`: the last is worse by more than its stderr."""
     best = min(range(len(run["validation"])), key=lambda i: run["validation"][i])
     last = run["validation"][-1]
     return {"best": run["validation"][best], "best_epoch": run["epochs"][best], "last": last,
-            "last_epoch": run["epochs"][-1], "turned": last - run["validation"][best] > run["stderr"][-1]}
+            "last_epoch": run["epochs"][-1],
+            "turned": last - run["validation"][best] > run["stderr"][-1]}
 
 
 def describe(name: str, end: dict) -> str:
@@ -68,38 +71,41 @@ def paint(axes, runs: dict[str, dict]) -> None:
     axes[1].set_title("On the text it reads again and again")
 
 
-@lab.command
-def main(arguments: list[str] | None = None) -> None:
-    parser = lab.flags("repetition", __doc__, checkpoint=False)
-    parser.add_argument("--tokens", type=lab.count, default=32768, help="of the corpus (default: 32768)")
-    parser.add_argument("--steps", type=lab.count, default=800, help="of each run (default: 800)")
-    parser.add_argument("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
+@command("experiments.repetition")
+def main(arguments: list[str]) -> None:
+    parser = flags("repetition", __doc__, checkpoint=False)
+    add = parser.add_argument
+    add("--tokens", type=count, default=32768, help="of the corpus (default: 32768)")
+    add("--steps", type=count, default=800, help="of each run (default: 800)")
+    add("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
     args = parser.parse_args(arguments)
-    corpus = lab.small_corpus(args.data_dir, args.tokens, lab.OUT / "repetition-data")
+    corpus = small_corpus(args.data_dir, args.tokens, OUT / "repetition-data")
     tokens = TokenFile(corpus, "train").num_tokens
-    interval = str(max(1, args.steps // 20))
+    interval = max(1, args.steps // 20)
     runs = {}
     for objective in OBJECTIVES:
-        folder = lab.trained(f"repetition-{objective}", "--data-dir", str(corpus), "--objective", objective,
-                             "--steps", str(args.steps), "--decay-share", "0", "--log-interval", interval,
-                             "--eval-interval", interval, "--final-eval-rows", "64", config=args.config)
-        runs[objective] = read_run(folder, tokens)
+        settings = ["--data-dir", corpus, "--objective", objective, "--steps", args.steps,
+                    "--decay-fraction", 0, "--log-interval", interval,
+                    "--eval-interval", interval, "--final-eval-rows", 64]
+        folder = trained(f"repetition-{objective}", *map(str, settings), config=args.config)
+        runs[objective] = curves_of(folder, tokens)
 
     print(f"\n{tokens:,} tokens\n        | diffusion          | the twin\n"
           "epochs  | training  NELBO <= | training       NLL")
-    columns = [runs[objective][what] for objective in OBJECTIVES for what in ("training", "validation")]
+    columns = [runs[objective][what] for objective in OBJECTIVES
+               for what in ("training", "validation")]
     for epoch, *row in zip(runs["diffusion"]["epochs"], *columns, strict=True):
         print("{:7.1f} | {:8.3f} {:9.3f} | {:8.3f} {:9.3f}".format(epoch, *row))
     diffusion, twin = (verdict(runs[objective]) for objective in OBJECTIVES)
-    lab.draw(args.picture, lambda axes: paint(axes, runs), columns=2)
-    longer = diffusion["best_epoch"] > twin["best_epoch"]
-    holds = twin["turned"] and longer
-    lab.answer(f"{describe('The twin', twin)}; {describe('diffusion', diffusion)}. So repeated text "
-               f"{'teaches diffusion longer, as claimed' if holds else 'does not show the claim here'}; "
-               f"{'yet ' if holds else ''}the best of both is "
-               f"{'the twin' if twin['best'] < diffusion['best'] else 'diffusion'}, by "
-               f"{abs(twin['best'] - diffusion['best']):.3f} nats/byte (of a bound against an exact figure).",
-               {"tokens": tokens, "diffusion": diffusion, "twin": twin, "runs": runs})
+    draw(args.picture, lambda axes: paint(axes, runs), columns=2)
+    holds = twin["turned"] and diffusion["best_epoch"] > twin["best_epoch"]
+    claim = "teaches diffusion longer, as claimed" if holds else "does not show the claim here"
+    best = "the twin" if twin["best"] < diffusion["best"] else "diffusion"
+    answer(f"{describe('The twin', twin)}; {describe('diffusion', diffusion)}. So repeated text "
+           f"{claim}; {'yet ' if holds else ''}the best of both is {best}, by "
+           f"{abs(twin['best'] - diffusion['best']):.3f} nats/byte (of a bound against an exact "
+           "number).",
+           {"tokens": tokens, "diffusion": diffusion, "twin": twin, "runs": runs})
 
 
 if __name__ == "__main__":

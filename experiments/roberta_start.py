@@ -1,20 +1,22 @@
-"""Can a pretrained RoBERTa learn to write? python -m experiments.roberta_start [--checkpoint FOLDER]
+"""Can a pretrained RoBERTa learn to write? python -m experiments.roberta_start
 
-RoBERTa (arXiv:1907.11692) has learned to restore texts of which 15% are hidden. That is one mask level; the
-NELBO, the mean of CE(m) over m = 1..N, asks for all of them. Are its weights a good start nevertheless?
+RoBERTa (arXiv:1907.11692) has learned to restore texts of which 15% are hidden. That is one mask
+level; the NELBO, the mean of CE(m) over m = 1..N, needs all of them. Are its weights a good start
+nevertheless?
 
-Here is the network, by hand, as one more model(tokens, positions): `corrupt`, `loss`, `nelbo` and `generate`
-work on it as they are. It reads a published folder (model.safetensors, config.json, vocab.json, merges.txt).
-Without --checkpoint a small one is pretrained first, on bytes at 15%, and saved as such a folder in
-out/experiments/ (delete it to pretrain anew). The folder is loaded and trained on as a diffusion model, at
-all mask levels, beside the same shape from random weights, on the same text and masks:
+Here is the network, by hand, as one more model(tokens, positions): `corrupt`, `loss`, `nelbo` and
+`generate` work on it as they are. It reads a published folder (--checkpoint: model.safetensors,
+config.json, vocab.json, merges.txt). Without --checkpoint a small one is pretrained first, on bytes
+at 15%, and saved as such a folder in out/experiments/ (delete it to pretrain again). The folder is
+loaded and trained on as a diffusion model, at all mask levels, beside the same shape from random
+weights, on the same text and masks:
 
     weights, steps   where the run started from, and how many steps of diffusion training it has had
     NELBO            <= nats per token on validation text
-    loss by share hidden: CE(m), the curve of which the NELBO is the mean height
+    loss by mask ratio: CE(m), the curve of which the NELBO is the mean height
 
-Where the pretraining was ours, the run from random weights goes on for as many steps more: what the detour
-has cost. Ends with what each network writes from nothing, and the answer.
+Where the pretraining was ours, the run from random weights goes on for as many steps more: what the
+detour has cost. Ends with what each network writes from nothing, and the answer.
 """
 
 import argparse
@@ -29,14 +31,19 @@ from pathlib import Path
 import tiktoken
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from configs import ConfigError
-from diffusion import Bound, corrupt, generate, keyed_generator, loss, mean_and_error, nelbo
-from experiments.lab import OUT, answer, autocast, command, count, draw, flags, pair_nelbos
-from model import CheckpointError, count_parameters, rotate
+from diffusion import Bound, Masking, corrupt, keyed_generator, loss, mean_and_error, nelbo
+from experiments.lab.command import answer, count, flags
+from experiments.lab.pictures import draw
+from experiments.lab.runs import OUT, autocast, pair_nelbos
+from model import count_parameters, rotate
+from plumbing.checkpoint import CheckpointError
+from plumbing.command import command
+from plumbing.config import ConfigError
+from plumbing.machine import choose_device, keep_freed_memory
 from prepare_data import DataError, TokenFile, get_tokenizer
-from train import choose_device, keep_freed_memory
+from sample import generate
 
 # --- The network ----------------------------------------------------------------------------------
 
@@ -50,7 +57,7 @@ class RobertaConfig:
     num_hidden_layers: int  # 12
     num_attention_heads: int  # 12: H
     intermediate_size: int  # 3072: channels inside the MLP
-    max_position_embeddings: int  # 514, but places are counted from pad_token_id + 1 on
+    max_position_embeddings: int  # 514, but counted from pad_token_id + 1 on
     type_vocab_size: int  # 1: what is left of BERT's first and second sentence
     pad_token_id: int  # 1
     layer_norm_eps: float  # 1e-5
@@ -58,24 +65,31 @@ class RobertaConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if type(value) is not field.type or value < (field.type is int and field.name != "pad_token_id"):
+            least = 1 if field.type is int and field.name != "pad_token_id" else 0
+            if type(value) is not field.type or value < least:
                 raise ValueError(f"{field.name} cannot be {value!r}")
         if self.hidden_size % (2 * self.num_attention_heads) or self.context_length < 1:
-            raise ValueError("hidden_size is no multiple of 2 * num_attention_heads, or places are too few")
+            raise ValueError("hidden_size is no multiple of 2 * num_attention_heads, or "
+                             "max_position_embeddings too few")
 
     @property
     def context_length(self) -> int:
-        """The longest text, in tokens: <s> and </s> take a place each."""
+        """The longest text, in tokens: <s> and </s> take a position each."""
         return self.max_position_embeddings - (self.pad_token_id + 1) - 2
 
 
 class Block(nn.Module):
-    """Post-norm: LayerNorm follows each sum, where model.py and GPT-2 have it at the start of a branch."""
+    """Post-norm: LayerNorm follows each sum; in model.py and GPT-2 it starts each branch."""
 
     def __init__(self, config: RobertaConfig):
         super().__init__()
-        C, self.n_head, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
-        self.query, self.key, self.value, self.proj = (nn.Linear(C, C) for _ in range(4))
+        C = config.hidden_size
+        eps = config.layer_norm_eps
+        self.n_head = config.num_attention_heads
+        self.query = nn.Linear(C, C)
+        self.key = nn.Linear(C, C)
+        self.value = nn.Linear(C, C)
+        self.proj = nn.Linear(C, C)
         self.attention_norm = nn.LayerNorm(C, eps)
         self.up = nn.Linear(C, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, C)
@@ -91,41 +105,47 @@ class Block(nn.Module):
 
 
 class Roberta(nn.Module):
-    """model(tokens) -> logits (B,T,V);  model(tokens, positions) -> logits (P,V), as model.Transformer.
+    """model(tokens) -> logits (B,T,V);  model(tokens, positions) -> (P,V), as model.Transformer.
 
-    The rows of its table are V real tokens, then the mask token V, <s> V+1, </s> V+2 and what is never used.
-    So the mask token is an input without an output, and no special token can be written. RoBERTa knows only
-    rows that begin with <s> and end with </s>: they are put around the text here, and taken off again, so
-    that nobody outside can hide them or ask for them.
+    The rows of its table are V real tokens, then the mask token V, <s> V+1, </s> V+2 and what is
+    never used. So the mask token is an input without an output, and no special token can be
+    written. RoBERTa knows only rows that begin with <s> and end with </s>: they are put around the
+    text here, and taken off again, so that nobody outside can hide or predict them.
     """
 
     def __init__(self, config: RobertaConfig, vocab_size: int):
         super().__init__()
-        self.config, self.vocab_size, self.mask_id = config, vocab_size, vocab_size
-        C, eps = config.hidden_size, config.layer_norm_eps
+        self.config = config
+        self.vocab_size = vocab_size
+        self.mask_id = vocab_size
+        C = config.hidden_size
+        eps = config.layer_norm_eps
         self.embedding = nn.Embedding(config.vocab_size, C)
-        self.place = nn.Embedding(config.max_position_embeddings, C)
+        self.position = nn.Embedding(config.max_position_embeddings, C)
         self.sentence = nn.Embedding(config.type_vocab_size, C)
         self.norm = nn.LayerNorm(C, eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.head, self.head_norm = nn.Linear(C, C), nn.LayerNorm(C, eps)
+        self.head = nn.Linear(C, C)
+        self.head_norm = nn.LayerNorm(C, eps)
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Each head starts by looking at one neighbour: head h at the place h - H/2 away from its own.
+        """Each head starts by looking at one neighbour: head h at a distance of h - H/2.
 
-        RoBERTa starts from random numbers alone, and reads much text before it looks anywhere: so started,
-        the small one below has 2.96 nats after 600 steps of diffusion training, where letter frequencies have
-        3.04, and started as here it has 2.57 after 400.
+        RoBERTa starts from random numbers alone, and reads much text before it looks anywhere: so
+        started, the small one below has 2.96 nats after 600 steps of diffusion training, where
+        letter frequencies have 3.04, and started as here it has 2.57 after 400.
         """
-        C, H = self.config.hidden_size, self.config.num_attention_heads
+        C = self.config.hidden_size
+        H = self.config.num_attention_heads
 
-        def waves(places: Tensor) -> Tensor:  # as model.rotary_table: to turn by waves(n) is to go n places
-            # Frequencies up to pi, evenly spaced, as in a Fourier transform: the waves of places less than C
-            # apart are orthogonal. Slow waves alone make neighbours look alike, and attention a blur.
-            angle = places[:, None] * torch.arange(0, C, 2) * (math.pi / C)
+        def waves(t: Tensor) -> Tensor:  # as model.rotary_table: to turn by waves(n) is to go n on
+            # Frequencies up to pi, evenly spaced, as in a Fourier transform: the waves of positions
+            # less than C apart are orthogonal. Slow waves alone make neighbours look alike, and
+            # attention a blur.
+            angle = t[:, None] * torch.arange(0, C, 2) * (math.pi / C)
             return torch.stack([angle.cos(), angle.sin()])  # (2, n, C/2)
 
         for module in self.modules():
@@ -134,20 +154,23 @@ class Roberta(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.zeros_(self.sentence.weight)
-        places = torch.arange(self.config.max_position_embeddings)
-        self.place.weight.copy_(0.06 * torch.cat([*waves(places)], dim=1))
+        t = torch.arange(self.config.max_position_embeddings)
+        self.position.weight.copy_(0.06 * torch.cat([*waves(t)], dim=1))
         for block in self.blocks:
             query = block.query.weight.view(H, C // H, C)
-            block.key.weight.copy_(rotate(query, waves(torch.arange(H) - H // 2)[:, :, None]).flatten(0, 1))
+            turned = rotate(query, waves(torch.arange(H) - H // 2)[:, :, None])
+            block.key.weight.copy_(turned.flatten(0, 1))
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """tokens: (B,T) int64, `mask_id` where hidden. positions: (P,) flat places b*T + t."""
-        T, V = tokens.size(1), self.vocab_size
+        """tokens: (B,T) int64, `mask_id` where hidden. positions: (P,), flat: b*T + t."""
+        T = tokens.size(1)
+        V = self.vocab_size
         if T > self.config.context_length:
-            raise ValueError(f"{T} tokens are more than the context length {self.config.context_length}")
+            raise ValueError(f"{T} tokens are more than the context length "
+                             f"{self.config.context_length}")
         tokens = F.pad(F.pad(tokens, (1, 0), value=V + 1), (0, 1), value=V + 2)  # <s> text </s>
-        places = torch.arange(T + 2, device=tokens.device) + self.config.pad_token_id + 1
-        x = self.norm(self.embedding(tokens) + self.place(places) + self.sentence.weight[0])
+        t = torch.arange(T + 2, device=tokens.device) + self.config.pad_token_id + 1
+        x = self.norm(self.embedding(tokens) + self.position(t) + self.sentence.weight[0])
         for block in self.blocks:
             x = block(x)
         x = x[:, 1:-1]  # (B,T,C)
@@ -162,7 +185,7 @@ class Roberta(nn.Module):
 # What this file calls a part of the network: what checkpoints call it.
 PUBLISHED = {
     "embedding": "roberta.embeddings.word_embeddings",
-    "place": "roberta.embeddings.position_embeddings",
+    "position": "roberta.embeddings.position_embeddings",
     "sentence": "roberta.embeddings.token_type_embeddings",
     "norm": "roberta.embeddings.LayerNorm",
     "blocks": "roberta.encoder.layer",
@@ -190,12 +213,13 @@ def published(name: str) -> str:
 def alphabet() -> dict[str, int]:
     """{letter: byte}: how vocab.json spells the 256 bytes, in the order of their ranks.
 
-    Bytes that print in Latin-1 stand for themselves, the others are spelled with the letters from 256 on: a
-    space is \u0120, a line end \u010a.
+    Bytes that print in Latin-1 stand for themselves, the others are spelled with the letters from
+    256 on: a space is \u0120, a line end \u010a.
     """
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printing]
-    return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    letters = {chr(byte): byte for byte in printing}
+    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 # How GPT-2 and RoBERTa cut a text into words, inside of which bytes are then merged.
@@ -203,17 +227,19 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> tuple[tiktoken.Encoding, Tensor]:
-    """(encoding, rows): the BPE of vocab.json and merges.txt, and RoBERTa's ids of our tokens, (vocab_size,).
+    """(encoding, rows): the BPE of vocab.json and merges.txt, and RoBERTa's ids of our tokens.
 
-    To tiktoken an id is also the priority of a merge, while RoBERTa numbers its tokens by frequency. So texts
-    keep tiktoken's ids, the 256 bytes and then the merges in order (GPT-2's ids, if it is GPT-2's BPE), and
-    the table is brought into this order when it is read: our row i is RoBERTa's row rows[i].
+    To tiktoken an id is also the priority of a merge, while RoBERTa numbers its tokens by
+    frequency. So texts keep tiktoken's ids, the 256 bytes and then the merges in order (GPT-2's
+    ids, if it is GPT-2's BPE), and the table is brought into this order when it is read: our row i
+    is RoBERTa's row rows[i], rows (vocab_size,).
     """
     try:
         vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         letters = alphabet()
-        merges = [merge.replace(" ", "") for merge in merges if merge and not merge.startswith("#version")]
+        merges = [line.replace(" ", "") for line in lines
+                  if line and not line.startswith("#version")]
         words = [*letters, *merges]
         ranks = {bytes(letters[letter] for letter in word): i for i, word in enumerate(words)}
         used = [vocab[word] for word in (*words, "<mask>", "<s>", "</s>")]
@@ -221,18 +247,20 @@ def read_tokenizer(folder: Path, vocab_size: int) -> tuple[tiktoken.Encoding, Te
         if len(ranks) < len(words) or sorted(rows) != list(range(vocab_size)):
             raise ValueError("two tokens share a spelling or an id, or an id is outside the table")
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}; a RoBERTa's folder has it") from None
+        problem = f"{error.filename}: {error.strerror}; a RoBERTa's folder has it"
+        raise CheckpointError(problem) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: no byte-level BPE in vocab.json and merges.txt: {error!r:.150}"
-                              ) from None
+        problem = f"{folder}: no byte-level BPE in vocab.json and merges.txt: {error!r:.150}"
+        raise CheckpointError(problem) from None
     encoding = tiktoken.Encoding("roberta", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
     return encoding, torch.tensor(rows)
 
 
 def read_config(path: Path) -> RobertaConfig:
-    """The shape in a config.json; CheckpointError if there is none, or if it is of another network."""
+    """The shape in a config.json; CheckpointError if there is none, or of another network."""
     required = {"model_type": "roberta", "hidden_act": "gelu"}
-    usual = {"is_decoder": False, "position_embedding_type": "absolute", "tie_word_embeddings": True}
+    usual = {"is_decoder": False, "position_embedding_type": "absolute",
+             "tie_word_embeddings": True}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         for name, value in (required | usual).items():
@@ -240,8 +268,9 @@ def read_config(path: Path) -> RobertaConfig:
                 raise ValueError(f"{name} is {found!r}, not {value!r}")
         return RobertaConfig(**{field.name: content[field.name] for field in fields(RobertaConfig)})
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; name the folder of a RoBERTa: config.json, "
-                              "model.safetensors, vocab.json, merges.txt") from None
+        problem = (f"{path}: {error.strerror}; name the folder of a RoBERTa: config.json, "
+                   "model.safetensors, vocab.json, merges.txt")
+        raise CheckpointError(problem) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} describes no RoBERTa: {error!r:.150}") from None
 
@@ -251,17 +280,19 @@ def safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise CheckpointError("a RoBERTa's folder needs the package: pip install safetensors") from None
+        problem = "a RoBERTa's folder needs the package: pip install safetensors"
+        raise CheckpointError(problem) from None
     return safetensors.torch
 
 
 def load_roberta(folder: Path) -> tuple[Roberta, tiktoken.Encoding]:
     """The network of a published folder, in float32, and the encoding of its texts.
 
-    What the file has beyond it, such as a pooler, is named on stderr. CheckpointError with one line where
-    something is missing, damaged or of another shape than config.json says.
+    What the file has beyond it, such as a pooler, is named on stderr. CheckpointError with one line
+    where something is missing, damaged or of another shape than config.json says.
     """
-    config, path = read_config(folder / "config.json"), folder / "model.safetensors"
+    config = read_config(folder / "config.json")
+    path = folder / "model.safetensors"
     encoding, rows = read_tokenizer(folder, config.vocab_size)
     load_file = safetensors().load_file
     try:
@@ -271,7 +302,8 @@ def load_roberta(folder: Path) -> tuple[Roberta, tiktoken.Encoding]:
     except Exception as error:  # the package has an exception of its own
         raise CheckpointError(f"{path} is damaged: {error!r:.150}") from None
     if config.num_hidden_layers > len(tensors):
-        raise CheckpointError(f"{path}: {len(tensors)} tensors are no {config.num_hidden_layers} layers")
+        raise CheckpointError(f"{path}: {len(tensors)} tensors are no {config.num_hidden_layers} "
+                              "layers")
     with torch.device("meta"):  # no memory and no time for random weights
         model = Roberta(config, encoding.n_vocab)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -281,11 +313,12 @@ def load_roberta(folder: Path) -> tuple[Roberta, tiktoken.Encoding]:
                               f"{len(shapes)} tensors, such as {missing[-1]}")
     for name, tensor in state.items():
         if tuple(tensor.shape) != shapes[name]:
-            raise CheckpointError(f"{path}: {published(name)} is {tuple(tensor.shape)}; by config.json it "
-                                  f"is {shapes[name]}")
+            raise CheckpointError(f"{path}: {published(name)} is {tuple(tensor.shape)}; by "
+                                  f"config.json it is {shapes[name]}")
     for name, copy in TABLES.items():
         if not torch.equal(tensors.pop(copy, state[name]), state[name]):
-            raise CheckpointError(f"{path}: {copy} is not {published(name)}; in a RoBERTa they are one")
+            raise CheckpointError(f"{path}: {copy} is not {published(name)}; in a RoBERTa they are "
+                                  "one")
         state[name] = state[name][rows]
     if tensors:
         print(f"note: {path} also has {', '.join(sorted(tensors))}; not used", file=sys.stderr)
@@ -294,12 +327,13 @@ def load_roberta(folder: Path) -> tuple[Roberta, tiktoken.Encoding]:
 
 
 def save_roberta(model: Roberta, rows: Tensor, folder: Path) -> None:
-    """Write model.safetensors and config.json in RoBERTa's names and, by the `rows`, its order of tokens."""
+    """Write model.safetensors and config.json, in RoBERTa's names and by `rows` in its order."""
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     state |= {name: state[name][rows.argsort()] for name in TABLES}
-    safetensors().save_file({published(name): tensor.contiguous() for name, tensor in state.items()},
-                            folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "hidden_act": "gelu"}
+    state = {published(name): tensor.contiguous() for name, tensor in state.items()}
+    safetensors().save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"],
+              "hidden_act": "gelu"}
     (folder / "config.json").write_text(json.dumps(config | asdict(model.config), indent=2) + "\n")
 
 
@@ -307,13 +341,13 @@ def save_roberta(model: Roberta, rows: Tensor, folder: Path) -> None:
 
 
 def read_tokens(folder: str, split: str, encoding: tiktoken.Encoding, length: int) -> Tensor:
-    """(n,) int64: a split of a data folder in this encoding, with empty lines between the documents.
+    """(n,) int64: a split of a data folder in this encoding, empty lines between its documents.
 
     (RoBERTa separates them by </s>, which must not be written.)
     """
     file = TokenFile(folder, split)
-    text = get_tokenizer(file.tokenizer).decode(file.tokens.tolist()).replace("<|endoftext|>", "\n\n")
-    tokens = torch.tensor(encoding.encode_ordinary(text))
+    text = get_tokenizer(file.tokenizer).decode(file.tokens.tolist())
+    tokens = torch.tensor(encoding.encode_ordinary(text.replace("<|endoftext|>", "\n\n")))
     if len(tokens) < length:
         raise DataError(f"{file.path} has {len(tokens)} tokens, fewer than one row of {length}")
     return tokens
@@ -321,29 +355,33 @@ def read_tokens(folder: str, split: str, encoding: tiktoken.Encoding, length: in
 
 def check_length(length: int, config: RobertaConfig) -> None:
     if length > config.context_length:
-        raise ConfigError(f"--length {length} is more than the context length {config.context_length}")
+        raise ConfigError(f"--length {length} is more than the context length "
+                          f"{config.context_length}")
 
 
 def train(model: Roberta, tokens: Tensor, objective: str, steps: int, args: argparse.Namespace,
           label: str) -> Iterator[int]:
     """Train on random windows of `tokens` (n,); yield the number of each step when it is done.
 
-    AdamW with RoBERTa's betas, a short warmup and then a constant rate, so that a longer run begins as a
-    shorter one does. The windows and the masks of a step are the same for all networks. Nothing is compiled:
-    for runs this short that takes longer than it saves.
+    AdamW with RoBERTa's betas, a short warmup and then a constant rate, so that a longer run begins
+    as a shorter one does. The windows and the masks of a step are the same for all networks.
+    Nothing is compiled: for runs this short that takes longer than it saves.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01,
-                                  fused=True)
-    device, started = model.head_bias.device, time.monotonic()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-6,
+                                  weight_decay=0.01, fused=True)
+    masking = Masking(objective, mask_ratio="bell", weighting="token")
+    device = model.head_bias.device
+    started = time.monotonic()
     for step in range(1, steps + 1):
         starts = torch.randint(len(tokens) - args.length + 1, (args.rows,),
                                generator=keyed_generator(1, step, "windows"))
-        batch = corrupt(tokens.unfold(0, args.length, 1)[starts], model.mask_id,
-                        keyed_generator(1, step, "mask"), objective, mask_ratio="bell", weighting="token")
+        x_0 = tokens.unfold(0, args.length, 1)[starts]
+        batch = corrupt(x_0, model.mask_id, masking, keyed_generator(1, step, "mask"))
         with autocast(device.type):
             value = loss(model, batch.to(device))
         if not value.isfinite():
-            raise ConfigError(f"the loss of step {step} is {value.item()}: choose a lower --learning-rate")
+            raise ConfigError(f"the loss of step {step} is {value.item()}: choose a lower "
+                              "--learning-rate")
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, step / 50)
@@ -358,18 +396,18 @@ def train(model: Roberta, tokens: Tensor, objective: str, steps: int, args: argp
 
 # The quickstart's width and depth; 256 bytes and 5 special tokens.
 SMALL = RobertaConfig(vocab_size=261, hidden_size=192, num_hidden_layers=4, num_attention_heads=3,
-                      intermediate_size=768, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
-                      layer_norm_eps=1e-5)
+                      intermediate_size=768, max_position_embeddings=514, type_vocab_size=1,
+                      pad_token_id=1, layer_norm_eps=1e-5)
 
 
 def pretrained(args: argparse.Namespace, device: torch.device) -> Path:
-    """The folder of a small RoBERTa that has learned what RoBERTa learns; made now, if it is not there."""
+    """The folder of a small RoBERTa that has learned what RoBERTa learns; if need be, made now."""
     folder = OUT / f"roberta-{args.pretrain_steps}-steps"
     check_length(args.length, SMALL)
     if not folder.exists():
         part = folder.with_name(folder.name + ".part")
         part.mkdir(parents=True, exist_ok=True)
-        words = ["<s>", "<pad>", "</s>", "<unk>", *alphabet(), "<mask>"]  # RoBERTa's order, no merges
+        words = ["<s>", "<pad>", "</s>", "<unk>", *alphabet(), "<mask>"]  # its order, no merges
         (part / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
         (part / "merges.txt").write_text("#version: 0.2\n")
         encoding, rows = read_tokenizer(part, SMALL.vocab_size)
@@ -387,14 +425,14 @@ def write(model: Roberta, encoding: tiktoken.Encoding, length: int) -> str:
     """A text from nothing, by the sampler that writes the quickstart's."""
     x = torch.full((1, length), model.mask_id, device=model.head_bias.device)
     with autocast(x.device.type):
-        tokens = generate(model, x, model.mask_id, steps=64, order="confidence", gumbel=1.0, remask="renoise",
-                          temperature=0.5, generator=torch.Generator().manual_seed(1))
+        tokens = generate(model, x, model.mask_id, Generator().manual_seed(1), steps=64,
+                          order="confidence", gumbel=1.0, remask="renoise", temperature=0.5)
     return encoding.decode(tokens[0].tolist())
 
 
-def diffuse(model: Roberta, weights: str, tokens: Tensor, x_0: Tensor, bits: float, marks: list[int],
-            args: argparse.Namespace) -> dict[int, Bound]:
-    """Train as a diffusion model; {step: the bound on x_0} at each of the `marks`, printed as they come.
+def diffuse(model: Roberta, weights: str, tokens: Tensor, x_0: Tensor, bits: float,
+            marks: list[int], args: argparse.Namespace) -> dict[int, Bound]:
+    """Train as a diffusion model; {step: the bound on x_0} at each of the `marks`, also printed.
 
     bits: bits per byte in a nat per token.
     """
@@ -402,9 +440,10 @@ def diffuse(model: Roberta, weights: str, tokens: Tensor, x_0: Tensor, bits: flo
 
     def measure(step: int) -> None:
         with autocast(x_0.device.type):
-            bound = bounds[step] = nelbo(model, x_0, model.mask_id, batch_size=args.rows)
-        print(f"{weights:12} {step:5}  {bound.nats:8.3f} +- {bound.stderr:.3f}  {bound.nats * bits:9.3f}",
-              flush=True)
+            bound = nelbo(model, x_0, model.mask_id, batch_size=args.rows)
+        bounds[step] = bound
+        print(f"{weights:12} {step:5}  {bound.nats:8.3f} +- {bound.stderr:.3f}  "
+              f"{bound.nats * bits:9.3f}", flush=True)
 
     measure(0)
     for step in train(model, tokens, "diffusion", marks[-1], args, weights):
@@ -413,37 +452,45 @@ def diffuse(model: Roberta, weights: str, tokens: Tensor, x_0: Tensor, bits: flo
     return bounds
 
 
-def paint(axes, runs: dict[str, dict[int, Bound]], curves: dict[str, Bound], frequencies: float) -> None:
-    """Left the bounds by step, right the losses by share hidden."""
+def paint(axes, runs: dict[str, dict[int, Bound]], curves: dict[str, Bound],
+          frequencies: float) -> None:
+    """Left the bounds by step, right the losses by mask ratio."""
     left, right = axes
     for weights, bounds in runs.items():
         left.errorbar(list(bounds), [bound.nats for bound in bounds.values()],
-                      [bound.stderr for bound in bounds.values()], marker="o", label=f"{weights} weights")
+                      [bound.stderr for bound in bounds.values()], marker="o",
+                      label=f"{weights} weights")
     left.set(title="From both starts", xlabel="steps of diffusion training",
              ylabel="NELBO <=, nats per token")
     for label, bound in curves.items():
         N, counts, nats, _ = bound.curve
         right.plot([m / N for m in counts], nats, marker=".", label=label)
     right.axhline(frequencies, linestyle=":", color="black", label="frequencies alone")
-    right.set(title="The loss by mask level", xlabel="share hidden", ylabel="CE(m), nats per hidden token")
+    right.set(title="The loss by mask level", xlabel="mask ratio",
+              ylabel="CE(m), nats per hidden token")
     for axis in axes:
         axis.legend()
 
 
-def conclusion(runs: dict[str, dict[int, Bound]], detour: Tensor, frequencies: float, steps: int) -> str:
-    """The answer in words, by the figures.
+def conclusion(runs: dict[str, dict[int, Bound]], detour: Tensor, frequencies: float,
+               steps: int) -> str:
+    """The answer in words, by the numbers.
 
-    detour: by how much the NELBO is lower by way of pretraining than by the longest run from random weights,
-    for each pair of rows: the difference of two networks on the same questions is known well.
+    detour: by how much the NELBO is lower by way of pretraining than by the longest run from random
+        weights, for each pair of rows: the difference of two networks on the same questions is
+        known well.
     """
-    before, after, random = runs["pretrained"][0], runs["pretrained"][steps], runs["random"][steps]
-    error = 2 * math.hypot(random.stderr, after.stderr)
-    blind, gain, longest = before.curve.nats[-1], random.nats - after.nats, max(runs["random"])
+    before = runs["pretrained"][0]
+    after = runs["pretrained"][steps]
+    random = runs["random"][steps]
+    blind = before.curve.nats[-1]
+    gain = random.nats - after.nats
+    longest = max(runs["random"])
     text = (f"as it comes, the network has a loss of {blind:.2f} nats with everything hidden, "
-            f"{'more' if blind > frequencies else 'no more'} than the {frequencies:.2f} of token frequencies "
-            f"alone, and NELBO <= {before.nats:.2f}. After {steps} steps at all mask levels it has "
-            f"{after.nats:.3f}, from random weights {random.nats:.3f}: ")
-    if gain < error:
+            f"{'more' if blind > frequencies else 'no more'} than the {frequencies:.2f} of token "
+            f"frequencies alone, and NELBO <= {before.nats:.2f}. After {steps} steps at all mask "
+            f"levels it has {after.nats:.3f}, from random weights {random.nats:.3f}: ")
+    if gain < 2 * math.hypot(random.stderr, after.stderr):
         return text + "no head start worth the name."
     text += f"a head start of {gain:.3f} nats/token"
     if longest == steps:
@@ -452,16 +499,19 @@ def conclusion(runs: dict[str, dict[int, Bound]], detour: Tensor, frequencies: f
     needed = f"at most {reached[0]}" if reached else f"over {longest}"
     difference, error = mean_and_error(detour)
     verdict = "worse than" if difference > 0 else "better than"
-    return text + (f", for which random weights need {needed} steps. After {longest}, as many as pretraining "
-                   f"and fine-tuning together, they have {runs['random'][longest].nats:.3f}: "
-                   f"{'no different from' if abs(difference) < 2 * error else verdict} the way over 15% "
-                   f"(by {abs(difference):.3f} +- {error:.3f}).")
+    if abs(difference) < 2 * error:
+        verdict = "no different from"
+    return text + (f", for which random weights need {needed} steps. After {longest}, as many as "
+                   f"pretraining and fine-tuning together, they have "
+                   f"{runs['random'][longest].nats:.3f}: {verdict} the way over 15% (by "
+                   f"{abs(difference):.3f} +- {error:.3f}).")
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = flags("roberta_start", __doc__)
     add = parser.add_argument
-    add("--pretrain-steps", type=count, default=600, help="without --checkpoint, at 15%% (default: 600)")
+    add("--pretrain-steps", type=count, default=600,
+        help="without --checkpoint, at 15%% (default: 600)")
     add("--steps", type=count, default=200, help="of diffusion training (default: 200)")
     add("--rows", type=count, default=32, help="of a step (default: 32)")
     add("--length", type=count, default=64, help="tokens of a row (default: 64)")
@@ -476,28 +526,33 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@command
-def main(arguments: list[str] | None = None) -> None:
+@command("experiments.roberta_start")
+def main(arguments: list[str]) -> None:
     args = parse(arguments)
     keep_freed_memory()
     device = choose_device("auto")
     folder = Path(args.checkpoint) if args.checkpoint else pretrained(args, device)
     model, encoding = load_roberta(folder)
     check_length(args.length, model.config)
-    train_tokens, val_tokens = (read_tokens(args.data_dir, split, encoding, args.length)
-                                for split in ("train", "val"))
+    train_tokens = read_tokens(args.data_dir, "train", encoding, args.length)
+    val_tokens = read_tokens(args.data_dir, "val", encoding, args.length)
     starts = torch.linspace(0, len(val_tokens) - args.length, args.eval_rows).long()
     x_0 = val_tokens.unfold(0, args.length, 1)[starts].to(device)
     bits = len(val_tokens) / len(encoding.decode_bytes(val_tokens.tolist())) / math.log(2)
-    print(f"{folder}: {count_parameters(model) / 1e6:.1f}M parameters, {model.vocab_size} tokens to write")
+    print(f"{folder}: {count_parameters(model) / 1e6:.1f}M parameters, {model.vocab_size} tokens "
+          "to write")
     print(f"\n{'weights':12} {'steps':>5}  {'NELBO <=, nats/token':>20} bits/byte", flush=True)
 
     marks = sorted({max(1, args.steps >> i) for i in range(4)})
     longest = args.steps if args.checkpoint else args.pretrain_steps + args.steps
-    longer = [*marks, *(args.steps << i for i in range(1, 10) if args.steps << i < longest), longest]
+    doubled = [args.steps << i for i in range(1, 10) if args.steps << i < longest]
+    longer = [*marks, *doubled, longest]
     torch.manual_seed(2)
-    networks = {"pretrained": model.to(device), "random": Roberta(model.config, model.vocab_size).to(device)}
-    runs, pairs, texts = {}, {}, {"pretrained, 0 steps": write(model, encoding, args.length)}
+    networks = {"pretrained": model.to(device),
+                "random": Roberta(model.config, model.vocab_size).to(device)}
+    runs = {}
+    pairs = {}
+    texts = {"pretrained, 0 steps": write(model, encoding, args.length)}
     for weights, network in networks.items():
         runs[weights] = diffuse(network, weights, train_tokens, x_0, bits,
                                 marks if weights == "pretrained" else longer, args)
@@ -509,7 +564,7 @@ def main(arguments: list[str] | None = None) -> None:
               **{f"{weights}, {args.steps} steps": runs[weights][args.steps] for weights in runs},
               f"random, {longest} steps": runs["random"][longest]}
     counts = curves["pretrained, 0 steps"].curve.counts
-    print(f"\n{'loss by share hidden':24}" + "".join(f"{m / args.length:>7.0%}" for m in counts))
+    print(f"\n{'loss by mask ratio':24}" + "".join(f"{m / args.length:>7.0%}" for m in counts))
     for label, bound in curves.items():
         print(f"{label:24}" + "".join(f"{nats:7.2f}" for nats in bound.curve.nats))
     print("\nwritten from nothing")
@@ -518,10 +573,12 @@ def main(arguments: list[str] | None = None) -> None:
     frequency = train_tokens.bincount() / len(train_tokens)
     frequencies = torch.special.entr(frequency).sum().item()
     draw(args.picture, lambda axes: paint(axes, runs, curves, frequencies), columns=2)
-    answer(conclusion(runs, pairs["random"] - pairs["pretrained"], frequencies, args.steps), {
-        "checkpoint": str(folder), "frequencies": frequencies, "bits_per_nat": bits, "texts": texts,
-        "runs": {weights: {step: bound._asdict() | {"curve": bound.curve._asdict()}
-                           for step, bound in bounds.items()} for weights, bounds in runs.items()}})
+    logged = {weights: {step: bound._asdict() | {"curve": bound.curve._asdict()}
+                        for step, bound in bounds.items()} for weights, bounds in runs.items()}
+    detour = pairs["random"] - pairs["pretrained"]
+    answer(conclusion(runs, detour, frequencies, args.steps), {
+        "checkpoint": str(folder), "frequencies": frequencies, "bits_per_nat": bits,
+        "texts": texts, "runs": logged})
 
 
 if __name__ == "__main__":

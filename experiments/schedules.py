@@ -1,39 +1,36 @@
 """Which schedule is best? python -m experiments.schedules
 
-A sampler that reveals random places at temperature 1 has an exact price,
+A sampler that reveals random positions at temperature 1 has an exact price,
 
     NELBO_S = (1/N) sum_i (m_i - m_{i+1}) CE(m_i),
 
-so schedules are compared without drawing a sample. CE(m) is measured twice, on disjoint windows of validation
-text: `optimal_schedule` is fitted to one curve, smoothed, and every schedule is priced by the other. Prints
-the table schedule x steps, in nats per token.
+so schedules are compared without drawing a sample. CE(m) is measured twice, on disjoint windows of
+validation text: `optimal_schedule` is fitted to one curve, smoothed, and every schedule is priced
+by the other. Prints the table schedule x steps, in nats per token.
 
-Then each schedule writes --num-samples texts in --steps calls, by that sampler (random) and by one that
-commits what it is surest of first (confidence, with Gumbel noise, at temperature 0.7). The autoregressive
-twin judges them: columns as in experiments/samplers.py.
+Then each schedule writes --num-samples texts in --steps calls, by that sampler (random) and by one
+that commits the most confident first (confidence, with Gumbel noise, at temperature 0.7). The
+autoregressive twin judges them: columns as in lab/judge.py.
 """
 
 import sys
-import time
 
 import torch
-from torch import Tensor
 
 from diffusion import (
     SCHEDULES,
     Curve,
     Schedule,
-    draw_mask,
     hidden_counts,
-    keyed_generator,
-    mean_and_error,
     optimal_schedule,
-    row_losses,
     schedule_nelbo,
     smooth,
 )
-from experiments import lab, samplers
-from model import Transformer
+from experiments.lab.command import answer, count, flags_with_judge
+from experiments.lab.judge import judged, judged_real, load_twins, print_row, real_text
+from experiments.lab.pictures import draw
+from experiments.lab.runs import measure_curve
+from plumbing.command import command
 
 STEPS = (5, 10, 20, 50)  # and as many as tokens
 SAMPLERS = {
@@ -42,30 +39,9 @@ SAMPLERS = {
 }
 
 
-@torch.no_grad()
-def measure(model: Transformer, x_0: Tensor, points: int, label: str) -> Curve:
-    """CE(m) at m = 1 and `points` counts evenly spaced up to N, every one on all rows of x_0 (R,N).
-
-    (`nelbo` gives each count its share of the rows: cheaper, but too rough to tell good schedules apart.)
-    """
-    R, N = x_0.shape
-    mask_id, generator = model.config.mask_id, keyed_generator(0, 0, label)
-    counts = sorted({1, *(max(1, round(N * i / points)) for i in range(1, points + 1))})
-    values, started = [], time.monotonic()
-    for done, m in enumerate(counts, start=1):
-        mask = draw_mask(torch.full((R,), m), N, 0, generator)
-        by_row = row_losses(model, x_0.masked_fill(mask, mask_id), x_0, mask, batch_size=32)
-        values.append(mean_and_error(by_row))
-        left = (time.monotonic() - started) / done * (len(counts) - done)
-        nats, error = values[-1]
-        print(f"{label}: CE({m}) = {nats:.3f} +- {error:.3f}, {left:.0f} s left", file=sys.stderr)
-    nats, errors = zip(*values, strict=True)
-    return Curve(N, counts, list(nats), list(errors))
-
-
 def price(measured: Curve, fitted: dict[str, Curve]) -> dict[str, dict[int, float]]:
-    """{schedule: {steps: nats per token}} by the `measured` curve: the named schedules, and for each of the
-    `fitted` curves the one that is optimal for it."""
+    """{schedule: {steps: nats per token}} by the `measured` curve: of the named schedules, and for
+    each of the `fitted` curves of the one that is optimal for it."""
     table = {}
     for name in (*SCHEDULES, *fitted):
         table[name] = {}
@@ -75,18 +51,23 @@ def price(measured: Curve, fitted: dict[str, Curve]) -> dict[str, dict[int, floa
     return table
 
 
-def paint_prices(panels, measured: Curve, schedules: dict[str, Schedule], table: dict, steps: int) -> None:
+def paint_prices(panels, measured: Curve, schedules: dict[str, Schedule], table: dict,
+                 steps: int) -> None:
     """Three panels: the loss by mask level, the schedules, their prices."""
-    N, (left, middle, right) = measured.N, panels
-    left.errorbar([m / N for m in measured.counts], measured.nats, measured.stderr, color="black")
-    left.set(title="What the network knows", xlabel="share hidden", ylabel="CE(m), nats per hidden token")
+    N = measured.N
+    left, middle, right = panels
+    ratios = [m / N for m in measured.counts]
+    left.errorbar(ratios, measured.nats, measured.stderr, color="black")
+    left.set(title="What the network knows", xlabel="mask ratio",
+             ylabel="CE(m), nats per hidden token")
     for name, schedule in schedules.items():
         counts = hidden_counts(schedule, torch.tensor([N]), steps)[:, 0] / N
         middle.plot(range(len(counts)), counts, marker=".", label=name)
         extra = [nats - table["linear"][N] for nats in table[name].values()]
         right.plot(list(table[name]), extra, marker="o", label=name)
-    middle.set(title=f"Schedules for {steps} steps", xlabel="step", ylabel="share still hidden")
-    right.set(title="What they cost", xlabel="steps", ylabel="NELBO_S - NELBO, nats per token", xscale="log")
+    middle.set(title=f"Schedules for {steps} steps", xlabel="step", ylabel="fraction still hidden")
+    right.set(title="What they cost", xlabel="steps", ylabel="NELBO_S - NELBO, nats per token",
+              xscale="log")
 
 
 def paint_samples(axes, title: str, real: dict, rows: list[dict]) -> None:
@@ -98,22 +79,24 @@ def paint_samples(axes, title: str, real: dict, rows: list[dict]) -> None:
              ylabel="nats per token under the twin")
 
 
-@lab.command
-def main(arguments: list[str] | None = None) -> None:
-    parser = samplers.flags("schedules", __doc__, num_samples=32)
-    parser.add_argument("--rows", type=lab.count, default=256,
-                        help="windows, half to fit and half to price (default: 256)")
-    parser.add_argument("--curve-points", type=lab.count, default=32, help="of each curve (default: 32)")
-    parser.add_argument("--steps", type=lab.count, default=20, help="of the samples (default: 20)")
+@command("experiments.schedules")
+def main(arguments: list[str]) -> None:
+    parser = flags_with_judge("schedules", __doc__, num_samples=32)
+    add = parser.add_argument
+    add("--rows", type=count, default=256,
+        help="windows, half to fit and half to price (default: 256)")
+    add("--curve-points", type=count, default=32, help="of each curve (default: 32)")
+    add("--steps", type=count, default=20, help="of the samples (default: 20)")
     args = parser.parse_args(arguments)
     if args.rows < 4:
         parser.error(f"--rows must be at least 4, not {args.rows}")
-    twins = samplers.load_twins(args.checkpoint, args.judge, args.data_dir)
-    x_0 = samplers.real_text(twins, args.rows)
+    twins = load_twins(args.checkpoint, args.judge, args.data_dir)
+    x_0 = real_text(twins, args.rows)
 
     # Every other window: two halves as alike as can be, and disjoint.
-    fitted = measure(twins.model, x_0[::2], args.curve_points, "to fit")
-    measured = measure(twins.model, x_0[1::2], args.curve_points, "to price")
+    fitted, measured = (
+        measure_curve(twins.model, windows, twins.mask_id, args.curve_points, label)
+        for windows, label in ((x_0[::2], "to fit"), (x_0[1::2], "to price")))
     own = (twins.info.get("evaluation") or {}).get("curve")
     curves = {"optimal": smooth(fitted)}
     if own:  # what `sample.py --schedule optimal` has, and what it would be without smoothing
@@ -122,20 +105,24 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{'NELBO_S <=, steps':18}" + "".join(f"{steps:>9}" for steps in (*STEPS, measured.N)))
     for name, prices in table.items():
         print(f"{name:18}" + "".join(f"{nats:9.4f}" for nats in prices.values()))
-    error = sum(measured.stderr) / len(measured.stderr)  # as if all errors were one: they share their windows
-    print(f"(a price is known to +- {error:.3f}, differences much better: all are of the same windows)\n")
+    # As if all errors were one: they share their windows.
+    error = sum(measured.stderr) / len(measured.stderr)
+    print(f"(a price is known to +- {error:.3f}, differences much better: all are of the same "
+          "windows)\n")
 
     steps = min(args.steps, twins.N)
-    schedules = {name: name for name in SCHEDULES} | {"optimal": optimal_schedule(curves["optimal"], steps)}
+    schedules = {name: name for name in SCHEDULES}
+    schedules["optimal"] = optimal_schedule(curves["optimal"], steps)
     x = torch.full((args.num_samples, twins.N), twins.mask_id)
-    real, rows = samplers.judged_real(twins, args.num_samples), []
-    samplers.show(real, heading=True)
+    real = judged_real(twins, real_text(twins, args.num_samples))
+    print_row(real, heading=True)
+    rows = []
     texts = []
     for sampler, options in SAMPLERS.items():
         for name, schedule in schedules.items():
-            how = options | dict(steps=steps, schedule=schedule)
-            row, states = samplers.judged(twins, f"{name}, {sampler}", x, **how)
-            samplers.show(row)
+            row, states = judged(twins, f"{name}, {sampler}", x, steps=steps, schedule=schedule,
+                                 **options)
+            print_row(row)
             rows.append(row | {"schedule": name, "order": sampler})
             texts.append((row["sampler"], twins.decode(states[-1].tokens[0].tolist())[:90]))
     print("\n" + "\n".join(f"{name:24} {text!r}" for name, text in texts))
@@ -146,11 +133,12 @@ def main(arguments: list[str] | None = None) -> None:
             line = [row for row in rows if row["order"] == sampler]
             paint_samples(axes, f"Samples, order {sampler}", real, line)
         panels[1][2].axis("off")
-        panels[1][2].legend(*panels[0][1].get_legend_handles_labels(), title="schedule", loc="center left")
+        labels = panels[0][1].get_legend_handles_labels()
+        panels[1][2].legend(*labels, title="schedule", loc="center left")
 
-    lab.draw(args.picture, paint, columns=3, rows=2, width=4.4, height=3.8)
-    lab.answer(summary(table, rows), {"table": table, "fitted": fitted, "measured": measured, "real": real,
-                                      "rows": rows})
+    draw(args.picture, paint, columns=3, rows=2, width=4.4, height=3.8)
+    answer(summary(table, rows), {"table": table, "fitted": fitted, "measured": measured,
+                                  "real": real, "rows": rows})
 
 
 def summary(table: dict, rows: list[dict]) -> str:
@@ -158,22 +146,23 @@ def summary(table: dict, rows: list[dict]) -> str:
     gains = []
     for steps in STEPS:
         best = min(SCHEDULES, key=lambda name, steps=steps: table[name][steps])
-        gains.append(f"{table['optimal'][steps] - table[best][steps]:+.3f} at {steps} steps ({best})")
-    said = ["what the optimal schedule costs beyond the best named one, in nats/token: " + ", ".join(gains)]
+        gain = table["optimal"][steps] - table[best][steps]
+        gains.append(f"{gain:+.3f} at {steps} steps ({best})")
+    said = ["what the optimal schedule costs beyond the best named one, in nats/token: "
+            + ", ".join(gains)]
     for sampler in SAMPLERS:
         found = {row["schedule"]: row for row in rows if row["order"] == sampler}
         best = min(found, key=lambda name: found[name]["judge"])
         varied = max(found, key=lambda name: found[name]["distinct"])
-        others = "".join(f", of {name} {brief(found, name)}" for name in ("linear", "cosine", "exponential")
-                         if name != best)
-        said.append(f"of the samples in order {sampler}, {best}'s are likeliest ({brief(found, best)})"
-                    f"{others}; the most varied are {varied}'s")
-    return ". ".join(said).replace(". of", ". Of") + "."
+        others = "".join(f", of {name} {brief(found[name])}"
+                         for name in ("linear", "cosine", "exponential") if name != best)
+        said.append(f"Of the samples in order {sampler}, {best}'s are likeliest "
+                    f"({brief(found[best])}){others}; the most varied are {varied}'s")
+    return ". ".join(said) + "."
 
 
-def brief(found: dict[str, dict], name: str) -> str:
-    """The judge's figure of a schedule, and how varied its texts are."""
-    row = found[name]
+def brief(row: dict) -> str:
+    """What the judge thinks of a schedule, and how varied its texts are."""
     return f"{row['judge']:.2f} +- {row['error']:.2f} nats, distinct {row['distinct']:.3f}"
 
 

@@ -2,46 +2,54 @@
 
     python -m experiments.structured --template "In [word:May|June] of 1[digits:3], the [MASK:40]"
 
-A template has fixed text and typed holes. [digits:4] and [letters:4] are holes of four places that take one
-character each; [word:May|June|July] takes one of the words, padded with spaces; [MASK:20] is free. The result
-always satisfies the template, at any number of steps and in any order, because the `adjust` hook leaves no
-other token possible; inside what is possible the network decides.
+A template has fixed text and typed holes. [digits:4] and [letters:4] are holes of four positions
+that take one character each; [word:May|June|July] takes one of the words, padded with spaces;
+[MASK:20] is free. The result always satisfies the template, at any number of steps and in any
+order, because the `adjust` hook leaves no other token possible; inside what is possible the network
+decides.
 """
 
-import argparse
 import re
 import string
 import sys
 
 import tiktoken
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from diffusion import Adjust, generate
-from model import CheckpointError, load_checkpoint
-from prepare_data import DataError, get_tokenizer
+from experiments.lab.command import count
+from plumbing.adjust import Adjust
+from plumbing.checkpoint import load_checkpoint
+from plumbing.command import command
+from plumbing.config import Parser
+from prepare_data import get_tokenizer
+from sample import generate
 
 HOLE = re.compile(r"\[(digits|letters|MASK):(\d{1,6})\]|\[word:([^\]]+)\]")
 ALPHABETS = {"digits": string.digits, "letters": string.ascii_letters}
-Form = list[tuple[int, Tensor]]  # holes: first place, and the (n,L) contents it may take
+Form = list[tuple[int, Tensor]]  # holes: first position, and the (n,L) contents it may take
 
 
 def parse(template: str, tokenizer: tiktoken.Encoding, mask_id: int) -> tuple[Tensor, Form]:
-    """(x (T,), form): the given tokens with mask_id in the holes, and what the typed holes may hold.
+    """(x (T,), form): the given tokens with mask_id in the holes, and what typed holes may hold.
 
-    A place for a digit is a hole of length 1 with ten contents. ValueError if a hole cannot be filled: a
-    character or padding that is no single token.
+    A position for a digit is a hole of length 1 with ten contents. ValueError if a hole cannot be
+    filled: a character or padding that is no single token.
     """
     def single(character: str) -> int:
         ids = tokenizer.encode_ordinary(character)
         if len(ids) != 1:
-            raise ValueError(f"{character!r} is {len(ids)} tokens of this vocabulary: no hole can be of it")
+            raise ValueError(f"{character!r} is {len(ids)} tokens of this vocabulary: no hole can "
+                             "be of it")
         return ids[0]
 
     if wrong := re.search(r"\[\w+:[^\]]*\]", HOLE.sub("", template)):
-        raise ValueError(f"{wrong[0]} is no hole; [digits:3], [letters:3], [MASK:3] and [word:May|June] are")
-    template.encode()  # refuses, with a ValueError, half a surrogate pair: a tokenizer would replace it
-    ids, form, end = [], [], 0
+        raise ValueError(f"{wrong[0]} is no hole; [digits:3], [letters:3], [MASK:3] and "
+                         "[word:May|June] are")
+    template.encode()  # a ValueError for half a surrogate pair, which a tokenizer would replace
+    ids = []
+    form = []
+    end = 0
     for match in HOLE.finditer(template):
         ids += tokenizer.encode_ordinary(template[end : match.start()])
         end = match.end()
@@ -58,33 +66,35 @@ def parse(template: str, tokenizer: tiktoken.Encoding, mask_id: int) -> tuple[Te
     return torch.tensor(ids + tokenizer.encode_ordinary(template[end:])), form
 
 
-def keep_form(form: Form, mask_id: int, generator: torch.Generator | None = None) -> Adjust:
+def keep_form(form: Form, mask_id: int, generator: Generator | None = None) -> Adjust:
     """An `adjust` under which every row of the result satisfies `form`.
 
-    Asked for one place of a hole, it bans the tokens that no content allows that agrees with what is
-    visible. Asked for several at once, which would be drawn independently of one another, it draws them
-    together: a combination of tokens in proportion to the product of its probabilities, the only one left.
+    If one position of a hole is predicted, it bans the tokens that no content allows that agrees
+    with what is visible. If several are, which would be drawn independently of one another, it
+    draws them together: a combination of tokens in proportion to the product of its probabilities,
+    the only one left.
     """
 
     def adjust(logits: Tensor, x: Tensor, positions: Tensor) -> Tensor:
         logits = logits.float().log_softmax(1)
         slot = torch.full((x.numel(),), -1, device=x.device)
-        slot[positions] = torch.arange(len(positions), device=x.device)  # where the logits of a place are
+        slot[positions] = torch.arange(len(positions), device=x.device)  # where their logits are
         slot = slot.view(x.shape)
         for start, contents in form:
             n, L = contents.shape
-            hole, slots = x[:, start : start + L], slot[:, start : start + L]  # (B,L)
+            hole = x[:, start : start + L]  # (B,L)
+            slots = slot[:, start : start + L]
             contents = contents.to(x.device)
             agrees = ((hole[:, None] == contents) | (hole[:, None] == mask_id)).all(2)  # (B,n)
             for b in (slots >= 0).any(1).nonzero().flatten().tolist():
-                asked = slots[b] >= 0
-                combinations = contents[agrees[b]][:, asked].unique(dim=0)  # (k,a)
-                rows = slots[b, asked]  # (a,)
+                predicted = slots[b] >= 0
+                combinations = contents[agrees[b]][:, predicted].unique(dim=0)  # (k,p)
+                rows = slots[b, predicted]  # (p,)
                 if len(rows) > 1:
                     score = logits[rows, combinations].sum(1)  # of each combination
                     chosen = torch.multinomial(score.softmax(0).cpu(), 1, generator=generator)
                     combinations = combinations[chosen.to(x.device)]
-                allowed = torch.zeros(len(rows), logits.size(1), dtype=torch.bool, device=x.device)
+                allowed = torch.zeros_like(logits[rows], dtype=torch.bool)
                 allowed.scatter_(1, combinations.T, True)
                 logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
         return logits
@@ -93,44 +103,40 @@ def keep_form(form: Form, mask_id: int, generator: torch.Generator | None = None
 
 
 def satisfies(row: Tensor, x: Tensor, form: Form, mask_id: int) -> bool:
-    """Whether a finished row (T,) has the fixed text of the template and allowed contents in its holes."""
+    """Whether a finished row (T,) has the fixed text, and allowed contents in its holes."""
     fixed = (row == x) | (x == mask_id)
     return bool(fixed.all()) and all(
-        bool((contents == row[start : start + contents.size(1)]).all(1).any()) for start, contents in form)
+        bool((contents == row[start : start + contents.size(1)]).all(1).any())
+        for start, contents in form)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="experiments.structured", description=__doc__.split("\n\n")[2])
-    parser.add_argument("--checkpoint", default="out/quickstart")
-    parser.add_argument("--template", default="On the [digits:2]th of [word:January|May|July|September] "
-                        "1[digits:3] the [word:Congress|Senate|people] [MASK:60].")
-    parser.add_argument("--num-samples", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="default: one for each hidden token")
-    parser.add_argument("--order", default="random")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--seed", type=int, default=1)
+@command("experiments.structured", ValueError)
+def main(arguments: list[str]) -> None:
+    parser = Parser(prog="experiments.structured", description=__doc__.split("\n\n")[2])
+    add = parser.add_argument
+    add("--checkpoint", default="out/quickstart")
+    add("--template", default="On the [digits:2]th of [word:January|May|July|September] 1[digits:3]"
+        " the [word:Congress|Senate|people] [MASK:60].")
+    add("--num-samples", type=count, default=5)
+    add("--steps", type=count, help="default: one for each hidden token")
+    add("--order", default="random")
+    add("--temperature", type=float, default=0.7)
+    add("--seed", type=int, default=1)
     args = parser.parse_args(arguments)
-    try:
-        model, info = load_checkpoint(args.checkpoint)
-        tokenizer, mask_id = get_tokenizer(info["tokenizer"]), model.config.mask_id
-        x, form = parse(args.template, tokenizer, mask_id)
-        generator = torch.Generator().manual_seed(args.seed)
-        holes = int((x == mask_id).sum())
-        if not holes:
-            raise ValueError("the template has no holes, such as [digits:3] or [MASK:40]")
-        if args.num_samples < 1:
-            raise ValueError(f"--num-samples must be at least 1, not {args.num_samples}")
-        steps = max(1, holes) if args.steps is None else args.steps
-        rows = generate(model, x.expand(args.num_samples, -1), mask_id, steps, order=args.order,
-                        temperature=args.temperature, generator=generator,
-                        adjust=keep_form(form, mask_id, generator))
-    except (CheckpointError, DataError, ValueError) as error:
-        print(f"experiments.structured: {error}", file=sys.stderr)
-        return 2
+    model, info = load_checkpoint(args.checkpoint)
+    tokenizer = get_tokenizer(info["tokenizer"])
+    mask_id = model.config.mask_id
+    generator = Generator().manual_seed(args.seed)
+    x, form = parse(args.template, tokenizer, mask_id)
+    if not (x == mask_id).any():
+        raise ValueError("the template has no holes, such as [digits:3] or [MASK:40]")
+    rows = generate(model, x.expand(args.num_samples, -1), mask_id, generator, steps=args.steps,
+                    order=args.order, temperature=args.temperature,
+                    adjust=keep_form(form, mask_id, generator))
     for row in rows:
         print(tokenizer.decode(row.tolist()))
-    print(f"{sum(satisfies(row, x, form, mask_id) for row in rows)} of {len(rows)} satisfy the template")
-    return 0
+    satisfied = sum(satisfies(row, x, form, mask_id) for row in rows)
+    print(f"{satisfied} of {len(rows)} satisfy the template")
 
 
 if __name__ == "__main__":

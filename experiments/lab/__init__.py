@@ -1,0 +1,1 @@
+"""What the experiments share: their command line, training runs, the judge of samples, pictures."""

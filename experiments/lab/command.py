@@ -1,0 +1,60 @@
+"""The command line of an experiment:
+
+    python -m experiments.NAME [--checkpoint out/quickstart] [--data-dir data/sotu] [--picture FILE]
+
+An experiment trains what it needs in out/experiments/, where a second run finds it, prints a table,
+draws it (into out/experiments/NAME.png unless told otherwise), and ends with the answer in a
+sentence and a JSON line.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.lab.runs import OUT
+from plumbing.config import Parser
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that is a whole number, `least` or more."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return number
+
+
+count = at_least(1)
+several = at_least(2)  # what a standard error is taken over
+
+
+def flags(name: str, doc: str, checkpoint: bool = True, data_dir: bool = True) -> Parser:
+    """A parser with what all experiments take, less the flag of a folder that this one won't read.
+
+    doc: of the module; its first line is the question.
+    """
+    parser = Parser(prog=f"experiments.{name}", description=doc.split("\n")[0])
+    if checkpoint:
+        parser.add_argument("--checkpoint", default="out/quickstart", help="(default: %(default)s)")
+    if data_dir:
+        parser.add_argument("--data-dir", default="data/sotu", help="(default: %(default)s)")
+    picture = OUT / f"{name}.png"
+    parser.add_argument("--picture", type=Path, default=picture, help="the PNG to draw")
+    return parser
+
+
+def flags_with_judge(name: str, doc: str, num_samples: int = 16) -> Parser:
+    """`flags`, and those of writing samples and judging them."""
+    parser = flags(name, doc)
+    parser.add_argument("--judge", default="out/quickstart-ar", help="(default: %(default)s)")
+    parser.add_argument("--num-samples", type=several, default=num_samples,
+                        help="texts of each row of the table (default: %(default)s)")
+    return parser
+
+
+def answer(sentence: str, numbers: dict) -> None:
+    """The end of every experiment: the answer, and one JSON line with what it rests on."""
+    print(f"\nAnswer: {sentence}\n{json.dumps(numbers)}")

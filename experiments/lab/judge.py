@@ -1,0 +1,177 @@
+"""Samples and what they are worth: a diffusion model writes, its autoregressive twin judges.
+
+    judge     nats per token under the judge: how likely the text is. Compare it with the first row,
+              real text: less is not better, but more repetitive or timid than people are
+    error     the standard error of that, over the samples
+    entropy   of a sample's own tokens, in nats: falls when a sample repeats itself
+    distinct  fraction of different ones among all runs of three tokens of the samples: falls too
+    words     fraction of the words that occur in the training text
+
+A good sampler is near real text in all of them.
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from diffusion import Model, evaluate
+from experiments.lab.runs import autocast
+from model import Transformer
+from plumbing.checkpoint import CheckpointError, load_checkpoint
+from plumbing.config import ConfigError
+from prepare_data import DataError, TokenFile, get_tokenizer
+from sample import State, denoise
+
+ORDER_OPTIONS = {  # by the name in tables and pictures
+    "random": dict(order="random"),
+    "left_to_right": dict(order="left_to_right"),
+    "ancestral": dict(order="ancestral"),
+    "confidence": dict(order="confidence"),
+    "confidence, gumbel 1": dict(order="confidence", gumbel=1.0),
+    "margin": dict(order="margin"),
+    "entropy": dict(order="entropy"),
+}
+
+# --- Who writes and who judges --------------------------------------------------------------------
+
+
+class Twins(NamedTuple):
+    """A diffusion model, which writes, its twin, which judges, and what both have read."""
+
+    model: Transformer
+    info: dict  # of its checkpoint
+    judge: Transformer
+    N: int  # tokens of a text: the context of both
+    mask_id: int
+    decode: Callable[[list[int]], str]
+    vocabulary: set[str]  # the words of the training text
+    val: TokenFile
+
+
+def load_twins(checkpoint: str | Path, judge: str | Path, data_dir: str | Path) -> Twins:
+    """Both models and their data. CheckpointError, ConfigError or DataError if they don't fit."""
+    model, info = load_checkpoint(checkpoint)
+    if not (Path(judge) / "model.safetensors").exists():
+        raise CheckpointError(
+            f"{judge}/model.safetensors does not exist; train the judge: python train.py "
+            f"configs/quickstart.toml --objective autoregressive --out-dir {judge}")
+    twin, twin_info = load_checkpoint(judge)
+    found = (twin.config.causal, twin.config.context_length, twin_info["tokenizer"])
+    if found != (True, model.config.context_length, info["tokenizer"]):
+        raise ConfigError(f"--judge {judge} is no autoregressive twin of {checkpoint}")
+    train = TokenFile(data_dir, "train")
+    if train.tokenizer != info["tokenizer"]:
+        raise DataError(f"{data_dir} is in tokens of {train.tokenizer}, {checkpoint} of "
+                        f"{info['tokenizer']}")
+    decode = get_tokenizer(info["tokenizer"]).decode
+    return Twins(model, info, twin, model.config.context_length, model.config.mask_id, decode,
+                 vocabulary_of(train), TokenFile(data_dir, "val"))
+
+
+def real_text(twins: Twins, rows: int) -> Tensor:
+    """(rows,N): always the same windows of validation text."""
+    return torch.from_numpy(twins.val.spread(rows, twins.N))
+
+
+def write(model: Model, x: Tensor, mask_id: int, seed: int = 1,
+          **options) -> tuple[list[State], float]:
+    """All states of `denoise`, and the seconds they took; ConfigError for options without sense."""
+    states = denoise(model, x, mask_id, Generator().manual_seed(seed), **options)
+    started = time.perf_counter()
+    try:
+        first = next(states)  # bad options are refused here
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    with autocast(x.device.type):
+        return [first, *states], time.perf_counter() - started
+
+
+# --- The numbers ----------------------------------------------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def vocabulary_of(file: TokenFile) -> set[str]:
+    """The words of a whole split."""
+    return set(words(get_tokenizer(file.tokenizer).decode(file.tokens.tolist())))
+
+
+def fraction_known(text: str, vocabulary: set[str]) -> float:
+    """How many of the words of `text` are in `vocabulary`."""
+    found = words(text)
+    return sum(word in vocabulary for word in found) / max(1, len(found))
+
+
+def entropy(tokens: Tensor) -> float:
+    """In nats, of the frequencies of these tokens (n,)."""
+    return torch.special.entr(tokens.bincount() / len(tokens)).sum().item()
+
+
+def mean_entropy(rows: Tensor) -> float:
+    """Of the tokens of a row, the mean over rows (n,T)."""
+    return sum(map(entropy, rows)) / len(rows)
+
+
+def fraction_and_error(yes: Sequence[bool] | Tensor) -> tuple[float, float]:
+    """The fraction of True in n answers, and its standard error, as if one more of each had been
+    seen: 0 of 32 does not prove that there are none."""
+    n = len(yes)
+    count = int(sum(yes))
+    p = (count + 1) / (n + 2)
+    return count / max(1, n), (p * (1 - p) / max(1, n)) ** 0.5
+
+
+def judge(twins: Twins, tokens: Tensor) -> dict[str, float]:
+    """What the table says of finished texts (n,T)."""
+    bound = evaluate(twins.judge, tokens, twins.mask_id, "autoregressive")
+    runs = tokens.unfold(1, 3, 1).reshape(-1, 3)
+    text = "\n".join(map(twins.decode, tokens.tolist()))
+    return {"judge": bound.nats, "error": bound.stderr, "entropy": mean_entropy(tokens),
+            "distinct": len(runs.unique(dim=0)) / len(runs),
+            "words": fraction_known(text, twins.vocabulary)}
+
+
+def judged(twins: Twins, sampler: str, x: Tensor, network: Model | None = None,
+           **options) -> tuple[dict, list[State]]:
+    """Let the model (or `network`) fill the holes of x: (a row of the table, all states)."""
+    states, seconds = write(network or twins.model, x, twins.mask_id, **options)
+    speed = int((x == twins.mask_id).sum()) / seconds
+    row = {"sampler": sampler, "temperature": float(options.get("temperature", 1)),
+           "calls": states[-1].calls, "tokens_per_second": round(speed)}
+    return row | judge(twins, states[-1].tokens), states
+
+
+def judged_real(twins: Twins, tokens: Tensor, label: str = "real text") -> dict:
+    """The row of real text (n,T), which nobody had to write."""
+    row = {"sampler": label, "temperature": None, "calls": None, "tokens_per_second": None}
+    return row | judge(twins, tokens)
+
+
+def distance(row: dict, real: dict) -> float:
+    """From real text: the sum of the relative differences of four numbers."""
+    return sum(abs(row[name] / real[name] - 1)
+               for name in ("judge", "entropy", "distinct", "words"))
+
+
+def print_row(row: dict, heading: bool = False) -> None:
+    """Print the cells of a row that are text or numbers; with `heading` their names above it."""
+    names = ""
+    cells = ""
+    for name, cell in row.items():
+        name = name.replace("tokens_per_second", "tokens/s")
+        width = max(8, len(name))
+        if isinstance(cell, str):
+            names += f"{name:30}"
+            cells += f"{cell:30}"
+        elif cell is None or isinstance(cell, int | float):
+            text = "-" if cell is None else f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}"
+            names += f" {name:>{width}}"
+            cells += f" {text:>{width}}"
+    print(names + "\n" + cells if heading else cells, flush=True)

@@ -1,0 +1,191 @@
+"""Training runs that are kept, their logs, and what is measured on their networks."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import (
+    Curve,
+    Model,
+    draw_mask,
+    draw_num_masked,
+    keyed_generator,
+    mean_and_error,
+    row_losses,
+)
+from plumbing import machine
+from plumbing.checkpoint import CheckpointError
+from prepare_data import DataError, TokenFile, get_tokenizer, write_dataset
+
+ROOT = Path(__file__).parent.parent.parent
+TRAIN = ROOT / "train.py"
+OUT = Path("out/experiments")
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def trained(name: str, *settings: str, config: str = "configs/quickstart.toml",
+            program: tuple[str | Path, ...] = (TRAIN,), out: Path = OUT) -> Path:
+    """The folder of a finished run of train.py: found in out/experiments/NAME, continued, or new.
+
+    settings: flags of train.py. If it fails, it has said why, and we end with its exit code. A run
+        of this name with other settings is such a failure: delete its folder to train again.
+    program: what Python runs, if not train.py itself: a module of ours that calls train.main.
+    """
+    folder = out / name
+    resume = ["--resume"] if (folder / "state.safetensors").exists() else []
+    shown = " ".join("train.py" if word == TRAIN else str(word) for word in program)
+    print(f"$ python {shown} {' '.join([config, *settings])} --out-dir {folder}", flush=True)
+    words = [sys.executable, *program, config, *settings, "--out-dir", folder, *resume]
+    large_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # faster on Linux: bench/NOTES.md
+    environment = large_pages | os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(words, env=environment)
+    if result.returncode:
+        sys.exit(result.returncode)
+    return folder
+
+
+def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
+    """A corpus in which training text is scarce: so many tokens of it, the validation text whole.
+
+    They are windows of up to 1024 tokens, evenly spread: the beginning alone would be the oldest
+    text. Returns out_dir.
+    """
+    train = TokenFile(data_dir, "train")
+    val = TokenFile(data_dir, "val")
+    tokenizer = get_tokenizer(train.tokenizer)
+    end = tokenizer.decode([tokenizer.eot_token])
+    length = min(1024, tokens)
+    windows = train.spread(max(1, tokens // length), length).tolist()
+    texts = [("train", window) for window in windows] + [("val", val.tokens.tolist())]
+    documents = ((split, [text]) for split, ids in texts
+                 for text in tokenizer.decode(ids).split(end) if text)
+    write_dataset(documents, train.tokenizer, out_dir, f"{tokens} tokens of {data_dir}")
+    return out_dir
+
+
+# --- Reading logs ---------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """An evaluation: validation nats per token after so many steps, tokens, seconds of training."""
+
+    step: int
+    tokens: int
+    seconds: float
+    nats: float
+    stderr: float
+    rows: int
+
+
+class Run(NamedTuple):
+    """A training run, as its folder tells it."""
+
+    config: dict
+    points: list[Point]
+    compiling: float  # seconds that the first steps took beyond the usual: compiling, nearly all
+
+
+def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
+    """(lines of training, evaluations) of a run's log.jsonl."""
+    text = (folder / "log.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    training = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "nats" in line]
+    return training, evaluations
+
+
+def read_run(folder: Path) -> Run:
+    """The run that train.py wrote into `folder`. CheckpointError, one line, if there is none.
+
+    Its log says how fast each stretch of steps was, measuring and saving excluded: added up, they
+    are the clock.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        training, evaluations = read_log(folder)
+        tokens = config["batch_size"] * config["context_length"]  # of a step
+        steps = [0, *(line["step"] for line in training)]
+        seconds = [tokens / max(1, line["tokens_per_second"]) for line in training]  # of a step
+        clock = [0.0, *np.cumsum(np.diff(steps) * seconds)]
+        compiling = steps[1] * max(0.0, seconds[0] - statistics.median(seconds[1:] or seconds))
+        points = []
+        for line in evaluations:
+            time_then = float(np.interp(line["step"], steps, clock))
+            points.append(Point(line["step"], line["step"] * tokens, time_then, line["nats"],
+                                line["stderr"], line["rows"]))
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}; name a folder of train.py"
+        raise CheckpointError(problem) from None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        problem = f"{folder} has no readable log of a training run ({error!r})"
+        raise CheckpointError(problem) from None
+    if not points:
+        raise CheckpointError(f"{folder} was never evaluated: train on, or with a smaller "
+                              "--eval-interval")
+    return Run(config, points, compiling)
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def autocast(device: str = "cpu") -> torch.autocast:
+    """Matrix products in bfloat16 where the hardware has them: nearly all takes half the time."""
+    device = torch.device(device)
+    return machine.autocast(device, machine.choose_dtype("auto", device))
+
+
+def rows_of(data_dir: str, rows: int, length: int) -> Tensor:
+    """(rows or fewer, length) int64: always the same windows of validation text, an even number."""
+    x_0 = torch.from_numpy(TokenFile(data_dir, "val").spread(rows, length))
+    if len(x_0) < 2:
+        raise DataError(f"{data_dir} has too little validation text to measure on: prepare more")
+    return x_0[: len(x_0) // 2 * 2]
+
+
+@torch.no_grad()
+def pair_nelbos(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0,
+                seed: int = 0) -> Tensor:
+    """(B/2,) float64: what `diffusion.nelbo` is the mean of, one antithetic pair of rows each.
+
+    All models get the same questions, so their difference, taken pair by pair, is known far better
+    than the NELBO of either. B is even.
+    """
+    B, T = x_0.shape
+    generator = keyed_generator(seed, 0, "nelbo")
+    num_masked = draw_num_masked(B, T - prefix_length, generator=generator)
+    mask = draw_mask(num_masked, T, prefix_length, generator)
+    by_row = row_losses(model, x_0.masked_fill(mask, mask_id), x_0, mask)
+    return by_row.view(-1, 2).mean(1)
+
+
+@torch.no_grad()
+def measure_curve(model: Model, x_0: Tensor, mask_id: int, points: int, label: str) -> Curve:
+    """CE(m) at m = 1 and `points` counts evenly spaced up to N, each on all rows of x_0 (R,N).
+
+    (`nelbo` gives each count its part of the rows: cheaper, but too rough to tell good schedules
+    apart.)
+    """
+    R, N = x_0.shape
+    generator = keyed_generator(0, 0, label)
+    counts = sorted({1, *(max(1, round(N * i / points)) for i in range(1, points + 1))})
+    values = []
+    started = time.monotonic()
+    for done, m in enumerate(counts, start=1):
+        mask = draw_mask(torch.full((R,), m), N, 0, generator)
+        by_row = row_losses(model, x_0.masked_fill(mask, mask_id), x_0, mask)
+        nats, error = mean_and_error(by_row)
+        values.append((nats, error))
+        left = (time.monotonic() - started) / done * (len(counts) - done)
+        print(f"{label}: CE({m}) = {nats:.3f} +- {error:.3f}, {left:.0f} s left", file=sys.stderr)
+    nats, errors = zip(*values, strict=True)
+    return Curve(N, counts, list(nats), list(errors))
