@@ -68,9 +68,10 @@ class Masking:
                                      ("weighting", self.weighting, WEIGHTINGS)):
             if value not in choices and not (name == "mask_ratio" and callable(value)):
                 raise ValueError(f"{name} must be {' or '.join(choices)}, not {value!r}")
-        if not 0 <= self.mlm_ratio <= 1 or self.mask_levels < 0:
-            raise ValueError(f"mlm_ratio must be from 0 to 1, not {self.mlm_ratio}, mask_levels "
-                             f"0 or more, not {self.mask_levels}")
+        if not 0 <= self.mlm_ratio <= 1:
+            raise ValueError(f"mlm_ratio must be from 0 to 1, not {self.mlm_ratio}")
+        if self.mask_levels < 0:
+            raise ValueError(f"mask_levels must be at least 0, not {self.mask_levels}")
 
     @property
     def longest_prefix(self) -> int:
@@ -183,10 +184,12 @@ def weigh(num_masked: Tensor, N: int, masking: Masking = Masking()) -> Tensor:
 def num_predicted(B: int, T: int, masking: Masking = Masking()) -> int:
     """P, the most tokens that B rows (whole pairs) can hide: the static shape of the head."""
     N = T - masking.prefix_length  # under the shortest prefix
+    if masking.objective == "autoregressive":
+        return B * N
     if masking.objective == "mlm":
         return B * masking.mlm_count(N)
     q = masking.level_probabilities(N)
-    if masking.objective == "autoregressive" or not is_symmetric(q):
+    if not is_symmetric(q):
         return B * N
     pair = N + round(N / len(q))
     return B // 2 * pair + B % 2 * N

@@ -116,7 +116,7 @@ class Sampler:
     block_length: int | None = knob(None, "write blocks of so many tokens, left to right", low=1)
     temperature: float = knob(1.0, "below 1 safer, above 1 wilder, 0 greedy", low=0)
     top_k: int | None = knob(None, "draw from the K most likely tokens", low=1)
-    top_p: float | None = knob(None, "draw from the fewest that reach P", low=1e-30, high=1)
+    top_p: float | None = knob(None, "draw from the nucleus of this mass", low=1e-30, high=1)
     adjust: Adjust | None = None  # changes logits: guidance, constraints, penalties
 
     def __post_init__(self):
@@ -157,9 +157,9 @@ class Command(Sampler):
 
     def sampler_options(self) -> dict:
         options = {field.name: getattr(self, field.name) for field in fields(Sampler)}
-        short = {"greedy": ("temperature", 0.0), "topk": ("top_k", self.top_k or 50),
-                 "nucleus": ("top_p", self.top_p or 0.9)}
-        return options | dict([short[self.sampling]] if self.sampling else [])
+        short = {"greedy": {"temperature": 0.0}, "topk": {"top_k": self.top_k or 50},
+                 "nucleus": {"top_p": self.top_p or 0.9}}
+        return options | short.get(self.sampling, {})
 
 
 # --- 3. Denoising ---------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class RunFolder:
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.master = master
-        self.figures: dict | None = None  # of the last evaluation
+        self.evaluation: dict | None = None  # of this step, until it is saved
 
     def open(self, run: Run) -> None:
         """Start a run, or go on where it stopped. ConfigError, CheckpointError if that can't be."""
@@ -178,21 +178,22 @@ class RunFolder:
     def log_evaluation(self, step: int, bound: Bound, bits_per_byte: float, rows: int) -> None:
         check_finite(f"validation loss after step {step}", bound.nats)
         curve = bound.curve and bound.curve._asdict()
-        figures = {"step": step, "nats": bound.nats, "stderr": bound.stderr, "rows": rows,
+        evaluation = {"step": step, "nats": bound.nats, "stderr": bound.stderr, "rows": rows,
                    "bits_per_byte": bits_per_byte, "curve": curve}
         # JSON has no NaN: a standard error of one row becomes null.
-        self.figures = json.loads(json.dumps(figures), parse_constant=lambda nan: None)
-        self.log(self.figures)
+        self.evaluation = json.loads(json.dumps(evaluation), parse_constant=lambda nan: None)
+        self.log(self.evaluation)
 
     def save(self, run: Run) -> None:
         """model.safetensors if this is the best evaluation so far, and state.safetensors."""
-        figures = self.figures if self.figures and self.figures["step"] == run.step else None
+        evaluation = self.evaluation
+        self.evaluation = None
         info = {"model": dataclasses.asdict(run.model.config),
                 "config": dataclasses.asdict(self.cfg), "tokenizer": self.tokenizer,
-                "step": run.step, "evaluation": figures}
+                "step": run.step, "evaluation": evaluation}
         # Until the first evaluation any model is better than none.
-        if run.best == math.inf or figures and figures["nats"] < run.best:
-            run.best = figures["nats"] if figures else math.inf
+        if run.best == math.inf or evaluation and evaluation["nats"] < run.best:
+            run.best = evaluation["nats"] if evaluation else math.inf
             write_tensors(self.path / "model.safetensors", run.ema_model.state_dict(), info)
         os.fsync(self.log_file.fileno())
         info["best"] = run.best if run.best < math.inf else None
