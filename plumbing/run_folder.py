@@ -179,7 +179,7 @@ class RunFolder:
         check_finite(f"validation loss after step {step}", bound.nats)
         curve = bound.curve and bound.curve._asdict()
         evaluation = {"step": step, "nats": bound.nats, "stderr": bound.stderr, "rows": rows,
-                   "bits_per_byte": bits_per_byte, "curve": curve}
+                      "bits_per_byte": bits_per_byte, "curve": curve}
         # JSON has no NaN: a standard error of one row becomes null.
         self.evaluation = json.loads(json.dumps(evaluation), parse_constant=lambda nan: None)
         self.log(self.evaluation)
