@@ -184,7 +184,7 @@ class TokenFile:
         if self.num_tokens < length:
             raise DataError(f"{self.path} has {self.num_tokens} tokens, fewer than one context of "
                             f"{length}: use more text or a smaller context_length")
-        # If somebody cut the file meanwhile, reading on would be a bus error, without a word.
+        # If somebody cut the file since the last step, reading on would be a bus error.
         if os.fstat(self.file.fileno()).st_size < self.tokens.nbytes:
             raise DataError(f"{self.path} was cut short while in use: run prepare_data.py again")
         windows = [self.tokens[start : start + length] for start in starts]
