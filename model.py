@@ -54,19 +54,19 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary_table(length: int, dim: int) -> Tensor:
-    """(2,T,D/2): cosine and sine of position * frequency, frequencies from 1 down to 1/10000."""
+    """(2,T,1,D/2): cosine and sine of position * frequency, frequencies from 1 to 1/10000."""
     frequency = 10000.0 ** -(torch.arange(0, dim, 2) / dim)  # (D/2,)
-    angle = torch.arange(length)[:, None] * frequency  # (T,D/2)
+    angle = torch.arange(length)[:, None, None] * frequency  # (T,1,D/2), 1 for all heads
     return torch.stack([angle.cos(), angle.sin()])
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn each channel pair of x (B,H,T,D) by its position's angle (RoPE, arXiv:2104.09864).
+    """Turn each channel pair of x (B,T,H,D) by its position's angle (RoPE, arXiv:2104.09864).
 
     The product q.k then depends on how far apart two tokens are, not on where they stand.
     """
     cos, sin = rotary.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)  # (B,H,T,D/2) each
+    a, b = x.chunk(2, dim=-1)  # (B,T,H,D/2) each
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
@@ -87,12 +87,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,H,T,D) each
+        q, k, v = self.qkv(x).view(B, T, 3 * self.n_head, -1).chunk(3, dim=2)  # (B,T,H,D) each
         # Normalised queries and keys: scores stay small, so attention can't saturate.
         q = rotate(norm(q), rotary)
         k = rotate(norm(k), rotary)
-        y = attend(q, k, v, self.causal)  # (B,H,T,D)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -149,15 +148,13 @@ class Transformer(nn.Module):
         *blocks, last = self.blocks
         rotary = self.rotary[:, :T]
         x = norm(self.embedding(tokens))  # (B,T,C)
+        if torch.is_autocast_enabled(x.device.type):  # blocks hand on bfloat16, half the bytes
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in blocks:
             x = block(x, rotary)
         x = norm(last(x, rotary, positions))  # (B,T,C) or (P,C)
         # Cut off the rows of the mask token and of the padding: what isn't there can't be sampled.
         return F.linear(x, self.embedding.weight)[..., : self.config.vocab_size]
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def optimizer_groups(model: Transformer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

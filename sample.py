@@ -34,7 +34,7 @@ from plumbing.adjust import Adjust, ban, chain, penalize_repetition
 from plumbing.checkpoint import CheckpointError, load_checkpoint
 from plumbing.command import command
 from plumbing.config import check_knobs, knob, load
-from plumbing.machine import autocast, choose_device, choose_dtype
+from plumbing.machine import choose_device, choose_dtype
 from plumbing.terminal import DenoisingView, describe
 from plumbing.text import token_texts, tokens_with_holes
 from prepare_data import get_tokenizer
@@ -143,7 +143,7 @@ class Command(Sampler):
     jsonl: str | None = knob(None, "write every step to this file, for other programs")
     whole: bool = knob(False, "do not cut the text at the end-of-text token")
     score: str | None = knob(None, "measure the model on this file instead of writing")
-    device: str = knob("cpu", "where to compute", ("cpu", "cuda", "mps"))
+    device: str = knob("auto", "where to compute", ("auto", "cuda", "mps", "cpu"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -365,7 +365,7 @@ def starting_tokens(cmd: Command, model: Transformer, tokenizer: tiktoken.Encodi
         raise ValueError(f"{len(ids)} tokens are too many: the model's context is {limit}")
     if mask_id not in ids:
         raise ValueError(f"nothing is hidden in {len(ids)} tokens, so there is nothing to write")
-    return torch.tensor([ids] * cmd.num_samples)
+    return torch.tensor([ids] * cmd.num_samples, device=model.rotary.device)
 
 
 def options_for(cmd: Command, info: dict, tokenizer: tiktoken.Encoding) -> dict:
@@ -395,14 +395,15 @@ def options_for(cmd: Command, info: dict, tokenizer: tiktoken.Encoding) -> dict:
 def write(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
     """Sample, print the texts (or every state of them), and say what they cost."""
     mask_id = model.config.mask_id
-    x = starting_tokens(cmd, model, tokenizer).to(cmd.device)  # (B,T), the same holes in each row
+    x = starting_tokens(cmd, model, tokenizer)  # (B,T), the same holes in each row
+    model.to(choose_dtype("auto", x.device))  # the dtype of its products does for all else, too
     network = left_to_right_model(model, mask_id) if model.config.causal else model
     generator = Generator().manual_seed(cmd.seed)
     started = time.perf_counter()
     states = denoise(network, x, mask_id, generator, **options_for(cmd, info, tokenizer))
     first = next(states)  # bad options are refused here, before a file is opened
     view = DenoisingView(tokenizer, mask_id, cmd.whole, cmd.show_steps, cmd.jsonl)
-    with view, autocast(x.device, choose_dtype("auto", x.device)):
+    with view:
         for state in itertools.chain([first], states):
             view.show(state)
     seconds = time.perf_counter() - started
@@ -425,7 +426,7 @@ def score(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Enco
         raise ValueError(f"--score {cmd.score}: the file is empty")
     T = min(model.config.context_length, len(ids))
     x_0 = torch.tensor(ids[: len(ids) // T * T]).view(-1, T)  # (B,T), without an unfinished row
-    bound = diffusion.evaluate(model, x_0.to(cmd.device), model.config.mask_id,
+    bound = diffusion.evaluate(model, x_0.to(model.rotary.device), model.config.mask_id,
                                info["config"]["objective"], curve_points=20)
     # Bits per byte compare models of different tokenizers; nats per token don't.
     num_bytes = len(tokenizer.decode_bytes(x_0.flatten().tolist()))
@@ -437,8 +438,7 @@ def score(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Enco
 @command("sample.py", ValueError)  # of options that don't suit the model
 def main(arguments: list[str]) -> None:
     cmd = load(Command, None, arguments, "sample.py", __doc__)
-    choose_device(cmd.device)  # if it isn't there, say so before anything is loaded
-    model, info = load_checkpoint(cmd.checkpoint, cmd.device)
+    model, info = load_checkpoint(cmd.checkpoint, choose_device(cmd.device))
     tokenizer = get_tokenizer(info["tokenizer"])
     if tokenizer.n_vocab != model.config.vocab_size:
         raise CheckpointError(f"{cmd.checkpoint} does not have the vocabulary of its tokenizer")

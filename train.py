@@ -24,13 +24,14 @@ from torch import nn
 from diffusion import MASK_RATIOS, OBJECTIVES, WEIGHTINGS, Masking
 from diffusion import ask, draw_mask, draw_num_maskable, draw_num_masked, weigh
 from diffusion import evaluate, keyed_generator, loss
-from model import ModelConfig, Transformer, count_parameters, optimizer_groups
+from model import ModelConfig, Transformer, optimizer_groups
 from plumbing.checkpoint import load_checkpoint
 from plumbing.command import command
 from plumbing.config import ConfigError, check_knobs, knob, load
-from plumbing.machine import Machine, can_compile, flops_per_token, keep_freed_memory
+from plumbing.machine import Machine, can_compile, count_parameters, flops_per_token
+from plumbing.machine import hand_over, keep_freed_memory
 from plumbing.muon import Muon
-from plumbing.run_folder import Run, RunFolder, StopSignals, check_finite
+from plumbing.run_folder import Run, RunFolder, StopSignals
 from plumbing.terminal import describe, show
 from prepare_data import TokenFile
 
@@ -134,7 +135,7 @@ def loop(cfg: TrainConfig, machine: Machine, train_file: TokenFile, val_file: To
     step_loss = torch.compile(loss) if cfg.compile and can_compile() else loss
     last_step = min(cfg.steps, cfg.max_steps or cfg.steps)
     run.start_clock()
-    stopping = False  # by a signal, or out of time
+    stopping = False
     while run.step < last_step and not stopping:
         # Hide some tokens. Every process draws the masks of the whole batch: they are the same.
         x_0 = torch.from_numpy(train_file.batch(cfg.seed, run.step, B, T))  # (B,T) clean tokens
@@ -151,13 +152,10 @@ def loop(cfg: TrainConfig, machine: Machine, train_file: TokenFile, val_file: To
             if machine.world > 1:  # exchange gradients once, with the last micro-batch
                 network.require_backward_grad_sync = rows == machine.my_rows[-1]
             with machine.autocast():
-                value = step_loss(network, batch.to(machine.device))
+                value = step_loss(network, hand_over(batch, machine.device))
             (value * machine.world).backward()  # DDP averages over processes, and this is a sum
             total += value.detach()
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
-        run.losses.append(machine.sum(total).item())
-        check_finite(f"loss of step {run.step}", run.losses[-1])
-        check_finite(f"gradient norm of step {run.step}", norm.item())
 
         # Learn from the errors.
         for optimizer in run.optimizers:
@@ -166,18 +164,23 @@ def loop(cfg: TrainConfig, machine: Machine, train_file: TokenFile, val_file: To
             optimizer.step()
             optimizer.zero_grad()
         average(run.ema_model, run.model, cfg.ema_decay, run.step)
-        run.step += 1
 
-        # Look, measure, save.
+        # Look, measure, save. No line above waits for the device. So while a GPU computes, the next
+        # batch is prepared, and the numbers of a step are read when the next one is under way.
+        out_of_time = cfg.max_minutes is not None and run.minutes > cfg.max_minutes
+        stop = torch.full_like(total, out_of_time or bool(signals.received))
+        run.send(machine.sum(torch.stack([total, norm / machine.world, stop])))
+        run.step += 1
         finished = run.step == cfg.steps  # the last step is always logged and measured
-        if run.step % cfg.log_interval == 0 or finished:
-            report(cfg, machine, run, folder, len(batch.positions) / batch.inputs.numel())
+        logging = run.step % cfg.log_interval == 0 or finished
         measuring = run.step % cfg.eval_interval == 0 or finished
+        last = run.step == last_step
+        # If one process wants to stop, all do: they read the same numbers.
+        stopping = run.receive(0 if logging or measuring or last else machine.steps_late) or last
+        if logging:
+            report(cfg, machine, run, folder, len(batch.positions) / batch.inputs.numel())
         if machine.master and measuring:
             measure(cfg, machine, run, folder, val_file)
-        out_of_time = cfg.max_minutes is not None and run.minutes > cfg.max_minutes
-        stopping = out_of_time or bool(signals.received) or run.step == last_step
-        stopping = machine.sum(stopping).item() > 0  # if one process stops, all do
         if machine.master and (measuring or stopping):
             folder.save(run)
             run.start_clock()

@@ -3,10 +3,11 @@
 New tokens per second (given ones don't count), the time for a text and its model calls, for
 
     denoise           this repository, by order and number of steps
+    network alone     as many calls of the network, and nothing else: the floor of random order
     straightforward   the loop most code has: logits and softmax of all positions in each step, then
                       keep some
-    gpt, cached       the causal twin with a key-value cache, eager, a call for each token
-    gpt, uncached     the same without a cache
+    gpt, cached       the causal twin with a key-value cache, compiled, a call for each token
+    gpt, uncached     the same eager and without a cache
 
 all with untrained networks of one shape (speed does not depend on what they know). Each runs in
 turn; the numbers are medians over the repeats, after a warm-up. Ends with the number of steps at
@@ -23,7 +24,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from bench.training import SHAPES
 from diffusion import shift_right
@@ -31,67 +32,74 @@ from model import Transformer, norm, rotate
 from plumbing.command import command
 from plumbing.config import Parser
 from plumbing.machine import (
-    autocast,
     can_compile,
     choose_device,
     choose_dtype,
+    device_name,
     keep_freed_memory,
 )
 from sample import draw_tokens, generate, largest, left_to_right_model
 
 
-class CachedTwin:
+class CachedTwin(nn.Module):
     """The causal network, with the keys and values of all earlier tokens kept.
 
-    It is given the first tokens in one call, then one at a time.
+    It is given the first tokens in one call, then one at a time. Shapes never change after that, so
+    it compiles, on a GPU to one CUDA graph. The price: attention looks at the whole context, where
+    what isn't written yet is masked.
     """
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, B: int):
+        super().__init__()
+        config = model.config
         self.model = model
-        self.length = 0
-        self.cache: list[tuple[Tensor, Tensor]] = []  # keys and values (B,H,T,D) of each layer
+        shape = (B, config.n_head, config.context_length, config.n_embd // config.n_head)
+        empty = model.embedding.weight.new_zeros(shape)  # (B,H,T,D)
+        for layer in range(config.n_layer):
+            self.register_buffer(f"keys{layer}", empty.clone())
+            self.register_buffer(f"values{layer}", empty.clone())
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B,V) of what follows `tokens` (B,n), n = 1 after the first call.
+    def forward(self, tokens: Tensor, at: Tensor) -> Tensor:
+        """Logits (B,V) of what follows `tokens` (B,n), which stand at the positions `at` (n,).
 
         The very first token is the mask token, with which every text begins.
         """
         model = self.model
         B, n = tokens.shape
         H = model.config.n_head
-        start = self.length
-        self.length += n
+        T = model.config.context_length
+        visible = torch.arange(T, device=at.device) <= at[:, None]  # (n,T)
         x = norm(model.embedding(tokens))  # (B,n,C)
         for layer, block in enumerate(model.blocks):
-            qkv = block.attention.qkv(norm(x)).view(B, n, 3, H, -1)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,H,n,D) each
-            rotary = model.rotary[:, start : self.length]
-            q = rotate(norm(q), rotary)
-            k = rotate(norm(k), rotary)
-            if start == 0:
-                empty = k.new_zeros(B, H, model.config.context_length, k.size(3))
-                self.cache.append((empty, empty.clone()))
-            keys, values = (kept[:, :, : self.length] for kept in self.cache[layer])
-            keys[:, :, start:] = k
-            values[:, :, start:] = v
-            y = F.scaled_dot_product_attention(q, keys, values, is_causal=n > 1)
+            q, k, v = block.attention.qkv(norm(x)).view(B, n, 3 * H, -1).chunk(3, dim=2)
+            rotary = model.rotary[:, at]
+            q = rotate(norm(q), rotary).transpose(1, 2)  # (B,H,n,D)
+            k = rotate(norm(k), rotary).transpose(1, 2)
+            keys = getattr(self, f"keys{layer}")
+            values = getattr(self, f"values{layer}")
+            keys.index_copy_(2, at, k.to(keys.dtype))
+            values.index_copy_(2, at, v.transpose(1, 2).to(keys.dtype))
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
             x = x + block.attention.proj(y.transpose(1, 2).reshape(B, n, -1))
             x = x + block.down(F.relu(block.up(norm(x))).square())
         return F.linear(norm(x[:, -1]), model.embedding.weight)[:, : model.config.vocab_size]
 
 
 @torch.no_grad()
-def write_cached(model: Transformer, x: Tensor, temperature: float = 1.0,
+def write_cached(twin: CachedTwin, x: Tensor, temperature: float = 1.0,
                  generator: Generator | None = None) -> Tensor:
     """Fill x (B,T) left to right; the first tokens are given, equally many in each row."""
-    twin = CachedTwin(model)
     x = x.clone()
-    mask_id = model.config.mask_id
+    mask_id = twin.model.config.mask_id
     given = int((x != mask_id).sum(1).min())
-    tokens = shift_right(x, mask_id)[:, : given + 1]
+    tokens = shift_right(x, mask_id)
+    positions = torch.arange(x.size(1), device=x.device)
+    # Not twin(...), which may be compiled: for one token at a time, not for so many.
+    logits = twin.forward(tokens[:, : given + 1], positions[: given + 1])
     for t in range(given, x.size(1)):
-        x[:, t] = draw_tokens(twin(tokens), temperature, generator=generator)
-        tokens = x[:, t : t + 1]
+        if t > given:
+            logits = twin(x[:, t - 1 : t].contiguous(), positions[t : t + 1])
+        x[:, t] = draw_tokens(logits, temperature, generator=generator)
     return x
 
 
@@ -111,12 +119,20 @@ def write_straightforward(model: Callable, x: Tensor, mask_id: int, steps: int,
     return x
 
 
-def ways(network: Callable, model: Transformer, twin: Transformer, x: Tensor,
+def call_only(network: Callable, x: Tensor, mask_id: int, steps: int) -> Tensor:
+    """As many calls as `denoise` makes, each at as many positions, on average."""
+    holes = (x == mask_id).flatten().nonzero().squeeze(1)
+    for positions in holes.chunk(steps):
+        logits = network(x, positions)
+    return logits[0]
+
+
+def ways(network: Callable, graph: Callable, model: Transformer, cached: CachedTwin, x: Tensor,
          step_counts: list[int]) -> dict[tuple[str, int], Callable[[Generator], Tensor]]:
     """{(name, model calls): writes x, given a generator}."""
     mask_id = model.config.mask_id
     new = int((x[0] == mask_id).sum())
-    causal = left_to_right_model(twin, mask_id)
+    causal = left_to_right_model(cached.model, mask_id)
 
     def ours(model: Callable, **options) -> Callable[[Generator], Tensor]:
         return lambda generator: generate(model, x, mask_id, generator, **options)
@@ -124,14 +140,18 @@ def ways(network: Callable, model: Transformer, twin: Transformer, x: Tensor,
     def straightforward(model: Callable, steps: int) -> Callable[[Generator], Tensor]:
         return lambda generator: write_straightforward(model, x, mask_id, steps, generator)
 
+    def alone(steps: int) -> Callable[[Generator], Tensor]:
+        return lambda generator: call_only(graph, x, mask_id, steps)
+
     found: dict[tuple[str, int], Callable] = {}
     for steps in sorted({min(steps, new) for steps in step_counts}):
-        for order in ("random", "confidence"):
-            found[f"denoise, {order}", steps] = ours(network, steps=steps, order=order)
+        found["denoise, random", steps] = ours(graph, steps=steps)
+        found["denoise, confidence", steps] = ours(network, steps=steps, order="confidence")
+        found["network alone", steps] = alone(steps)
         found["straightforward", steps] = straightforward(network, steps)
         if network is not model:
             found["straightforward, eager", steps] = straightforward(model, steps)
-    found["gpt, cached", new] = lambda generator: write_cached(twin, x, generator=generator)
+    found["gpt, cached", new] = lambda generator: write_cached(cached, x, generator=generator)
     found["gpt, uncached", new] = ours(causal, steps=new, order="left_to_right")
     return found
 
@@ -169,12 +189,19 @@ def main(arguments: list[str]) -> None:
     device = args.device
     config = SHAPES[args.shape][0]
     torch.manual_seed(0)
-    model = Transformer(config).to(device).eval()
-    twin = Transformer(dataclasses.replace(config, causal=True)).to(device).eval()
+    # All weights in the dtype of the products: nothing learns here, so nothing needs more.
+    model = Transformer(config).to(device, args.dtype).eval()
+    twin = Transformer(dataclasses.replace(config, causal=True)).to(device, args.dtype).eval()
     mask_id = config.mask_id
     T = config.context_length
     new = min(args.new_tokens or T, T)
-    network = torch.compile(model, dynamic=True) if args.compile and can_compile() else model
+    compiling = args.compile and can_compile()
+    network = torch.compile(model, dynamic=True) if compiling else model
+    # "reduce-overhead": on a GPU a call is one CUDA graph, launched in one go. Each shape is recorded
+    # by itself, so it is for random order, which predicts equally many positions in each step.
+    graph = network
+    if compiling and device.type == "cuda":
+        graph = torch.compile(model, mode="reduce-overhead", dynamic=True)
     print(f"{args.shape}: {new} new tokens after {T - new} given ones, {args.dtype}, "
           f"{'compiled' if network is not model else 'eager'}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}", flush=True)
@@ -184,13 +211,17 @@ def main(arguments: list[str]) -> None:
     for batch in args.batch_sizes:
         x = torch.full((batch, T), mask_id, device=device)
         x[:, : T - new] = 0
-        writers = {way: write for way, write in ways(network, model, twin, x, args.steps).items()
+        cached = CachedTwin(twin, batch)
+        if compiling:
+            cached.compile(mode="reduce-overhead", dynamic=False)
+        writers = {way: write for way, write in ways(network, graph, model, cached, x,
+                                                        args.steps).items()
                    if way[0] not in args.without}
         seconds: dict[tuple[str, int], list[float]] = {way: [] for way in writers}
         for repeat in range(args.repeats + 1):  # the first is the warm-up
             for way, write in writers.items():
                 started = time.perf_counter()
-                with autocast(device, args.dtype):
+                with torch.no_grad():
                     write(Generator().manual_seed(repeat)).sum().item()  # waits for the device
                 seconds[way].append(time.perf_counter() - started)
         for (name, calls), (_, *times) in seconds.items():
@@ -203,7 +234,7 @@ def main(arguments: list[str]) -> None:
         compare(batch, {way: statistics.median(times[1:]) for way, times in seconds.items()},
                 min(max(args.steps), new), new)
     print(json.dumps({"shape": args.shape, "new_tokens": new, "dtype": str(args.dtype),
-                      "device": str(device), "torch": torch.__version__, "rows": rows}))
+                      "device": device_name(device), "torch": torch.__version__, "rows": rows}))
 
 
 def compare(batch: int, seconds: dict[tuple[str, int], float], most: int, new: int) -> None:
@@ -214,7 +245,7 @@ def compare(batch: int, seconds: dict[tuple[str, int], float], most: int, new: i
     if ("gpt, cached", new) in seconds:
         calls = seconds["gpt, cached", new] / (ours / most)
         print(f"  batch {batch}: as long as the cached twin takes, denoise makes {calls:.0f} calls")
-    for name in ("straightforward", "straightforward, eager"):
+    for name in ("network alone", "straightforward", "straightforward, eager"):
         if (name, most) in seconds:
             ratio = seconds[name, most] / ours
             print(f"  batch {batch}: at {most} calls denoise is {ratio:.2f}x as fast as {name}")

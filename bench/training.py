@@ -7,10 +7,12 @@ Four ways to train the same network, one step of each in turn, in one process:
     naive    as such code usually is: float32 logits, and the loss outside the compiled part
     gpt      the causal twin with its full head: a nanoGPT step
 
-The numbers are medians over the repeats, after the first steps (which compile). MFU is a fraction
-of the FLOP/s that plain matrix products reach in the same run. Peak memory is each way's own on a
-GPU; on a CPU it is the process's, so ask for one way at a time (`--ways masked`). Ends with one
-JSON line.
+A turn is one step on a CPU. On a GPU it is ten, and nobody waits between them, as in train.py: the
+next batch is prepared while the device computes. The numbers are medians over the turns, after the
+first one (which compiles). MFU is a fraction of the FLOP/s that plain matrix products reach in the
+same run. Peak memory is each way's own on a GPU; on a CPU it is the process's, so ask for one way
+at a time (`--ways masked`). `--profile FILE` writes down where the first way's time goes, by
+kernel. Ends with one JSON line.
 
 On a CPU under Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in front of the command makes all of
 them faster.
@@ -41,7 +43,7 @@ from diffusion import (
     loss,
     weigh,
 )
-from model import ModelConfig, Transformer, count_parameters, optimizer_groups
+from model import ModelConfig, Transformer, optimizer_groups
 from plumbing.command import command
 from plumbing.config import Parser
 from plumbing.machine import (
@@ -49,7 +51,10 @@ from plumbing.machine import (
     can_compile,
     choose_device,
     choose_dtype,
+    count_parameters,
+    device_name,
     flops_per_token,
+    hand_over,
     keep_freed_memory,
     matmul_ceiling,
 )
@@ -61,6 +66,7 @@ SHAPES = {  # ModelConfig, rows per step on a CPU, rows per step on a GPU
     "gpt2": (ModelConfig(50257, 1024, n_layer=12, n_head=12, n_embd=768), 2, 32),
 }
 WAYS = ("masked", "full", "naive", "gpt")
+Time = float | torch.cuda.Event
 
 
 def full_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -74,6 +80,20 @@ def everywhere(batch: Batch, x_0: Tensor) -> Batch:
     """The same question about all positions: the weights of the visible ones are 0."""
     weights = torch.zeros(x_0.numel()).index_add_(0, batch.positions, batch.weights)
     return Batch(batch.inputs, torch.arange(x_0.numel()), x_0.flatten(), weights)
+
+
+def now(device: torch.device) -> Time:
+    """The time; on a GPU, a mark in its queue of work, which has a time once it is reached."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    mark = torch.cuda.Event(enable_timing=True)
+    mark.record()
+    return mark
+
+
+def elapsed(start: Time, end: Time) -> float:
+    """Seconds."""
+    return start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
 
 
 class Way:
@@ -101,17 +121,30 @@ class Way:
         if name == "naive":
             self.network = compiled(self.model)
             self.loss = full_loss
-        self.seconds: list[float] = []
+        self.seconds: list[float] = []  # per step, of each turn
         self.optimizer_seconds: list[float] = []
         self.predicted_fraction = 1.0
 
-    def step(self, number: int) -> float:
-        """One step on random tokens, its masking included; its loss."""
+    def turn(self, number: int, steps: int) -> float:
+        """Time `steps` steps in a row; the loss of the last."""
+        self.synchronize()
+        started = time.perf_counter()
+        optimizer_times = []
+        for i in range(steps):
+            value, *times = self.step(number * steps + i)
+            optimizer_times.append(times)
+        self.synchronize()
+        self.seconds.append((time.perf_counter() - started) / steps)
+        optimizing = sum(elapsed(*times) for times in optimizer_times)
+        self.optimizer_seconds.append(optimizing / steps)
+        return value.item()
+
+    def step(self, number: int) -> tuple[Tensor, Time, Time]:
+        """One step on random tokens, its masking included: (loss, before and after optimizing)."""
         B = self.rows
         T = self.config.context_length
         x_0 = torch.randint(self.config.vocab_size, (B, T),
                             generator=keyed_generator(0, number, "x"))
-        started = time.perf_counter()
         # From here on the lines of train.py.
         generator = keyed_generator(0, number, "mask")
         N = draw_num_maskable(T, self.masking, generator)
@@ -124,17 +157,13 @@ class Way:
         elif self.name != "gpt":
             batch = everywhere(batch, x_0)
         with autocast(self.device, self.dtype):
-            value = self.loss(self.network, batch.to(self.device))
+            value = self.loss(self.network, hand_over(batch, self.device))
         value.backward()
-        self.synchronize()
-        before_optimizer = time.perf_counter()
+        before = now(self.device)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        self.synchronize()
-        self.seconds.append(time.perf_counter() - started)
-        self.optimizer_seconds.append(time.perf_counter() - before_optimizer)
-        return value.item()
+        return value.detach(), before, now(self.device)
 
     def resident_bytes(self) -> int:
         """What stays on the GPU between steps: weights and optimizer state."""
@@ -150,17 +179,43 @@ class Way:
 
     def results(self, warm_up: int, ceiling: float) -> dict:
         seconds = self.seconds[warm_up:]
-        median = statistics.median(seconds)
+        median = statistics.median(seconds)  # per step
         speed = self.rows * self.config.context_length / median
         flops = flops_per_token(self.config, self.predicted_fraction)
         optimizing = statistics.median(self.optimizer_seconds[warm_up:])
         return {"tokens_per_second": round(speed), "spread": max(seconds) / min(seconds) - 1,
                 "gflop_per_token": flops / 1e9, "mfu": speed * flops / ceiling,
-                "optimizer_share": optimizing / median, "first_step_seconds": self.seconds[0]}
+                "optimizer_share": optimizing / median, "first_turn_seconds": self.seconds[0]}
 
 
 def compilations() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def profile(way: Way, path: str) -> float | None:
+    """Write ten steps' time by kernel (on a CPU: by operator); the fraction a GPU was idle."""
+    on_gpu = way.device.type == "cuda"
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CUDA if on_gpu else kinds.CPU]) as profiler:
+        way.turn(0, 10)
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=80)
+    kernels = sorted((event.time_range.start, event.time_range.end) for event in profiler.events()
+                     if event.device_type == torch.autograd.DeviceType.CUDA
+                     and not event.is_user_annotation)
+    idle = None
+    if kernels:
+        busy = 0.0
+        reached = first = kernels[0][0]
+        for start, end in kernels:
+            busy += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        idle = 1 - busy / (reached - first)
+    with open(path, "w") as file:
+        print(f"{way.name}, {way.rows} rows, ten steps of {way.seconds.pop():.4f} s", file=file)
+        print("" if idle is None else f"no kernel runs for {idle:.1%} of the time", file=file)
+        print(table, file=file)
+    return idle
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -174,19 +229,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--vocab-size", type=int, help="instead of the shape's")
     add("--ways", nargs="+", choices=WAYS, default=WAYS)
     add("--optimizer", choices=("adamw", "muon"), default="adamw")
-    add("--repeats", type=int, default=5)
-    add("--warm-up", type=int, default=2)
+    add("--repeats", type=int, default=5, help="turns that count")
+    add("--warm-up", type=int, default=2, help="turns that don't")
+    add("--steps-per-turn", type=int, help="default: 1 on a CPU, 10 on a GPU")
+    add("--profile", metavar="FILE", help="write the first way's time by kernel to FILE")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--precision", default="auto", choices=("auto", "bfloat16", "float32"))
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args(arguments)
-    if min(args.repeats, args.warm_up + 1, 1 if args.rows is None else args.rows) < 1:
-        parser.error("--repeats and --rows must be at least 1, --warm-up at least 0")
+    given = [args.repeats, args.warm_up + 1, args.rows, args.steps_per_turn]
+    if min(number for number in given if number is not None) < 1:
+        parser.error("--repeats, --rows and --steps-per-turn must be at least 1, --warm-up at "
+                     "least 0")
     args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.precision, args.device)
     args.compile = args.compile and can_compile()
     config, rows_cpu, rows_gpu = SHAPES[args.shape]
-    args.rows = args.rows or (rows_gpu if args.device.type == "cuda" else rows_cpu)
+    on_gpu = args.device.type == "cuda"
+    args.rows = args.rows or (rows_gpu if on_gpu else rows_cpu)
+    args.steps_per_turn = args.steps_per_turn or (10 if on_gpu else 1)
     changes = {"context_length": args.context_length, "vocab_size": args.vocab_size,
                "n_embd": args.n_embd, "n_head": args.n_embd and max(1, args.n_embd // 64)}
     changes = {name: value for name, value in changes.items() if value}
@@ -213,20 +274,20 @@ def main(arguments: list[str]) -> None:
             if args.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 others = torch.cuda.memory_allocated() - way.resident_bytes()
-            way.step(number)
+            way.turn(number, args.steps_per_turn)
             compiled[way.name] += compilations() - before
             if args.device.type == "cuda":
                 memory[way.name] = (torch.cuda.max_memory_allocated() - others) / 1e9
             elif len(ways) == 1:
                 kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 memory[way.name] = kilobytes * 1024 / 1e9
-            print(f"  step {number} {way.name}: {way.seconds[-1]:.2f} s", file=sys.stderr,
+            print(f"  turn {number} {way.name}: {way.seconds[-1]:.3f} s a step", file=sys.stderr,
                   flush=True)
 
     ceiling = max(ceilings)
     results = {}
     print(f"matrix products reach {ceiling / 1e9:,.0f} GFLOP/s\n")
-    print("way      tokens/s   spread  GFLOP/token    MFU  optimizer  compilations  first step  "
+    print("way      tokens/s   spread  GFLOP/token    MFU  optimizer  compilations  first turn  "
           f"peak memory  {ways[0].name} is")
     for way in ways:
         row = way.results(args.warm_up, ceiling)
@@ -236,13 +297,14 @@ def main(arguments: list[str]) -> None:
         peak = f"{row['peak_gb']:.2f} GB" if row["peak_gb"] else "-"
         print(f"{way.name:8} {row['tokens_per_second']:8,} {row['spread']:8.1%} "
               f"{row['gflop_per_token']:12.3f} {row['mfu']:6.1%} {row['optimizer_share']:10.1%} "
-              f"{row['compilations']:13} {row['first_step_seconds']:9.1f} s {peak:>12} "
+              f"{row['compilations']:13} {row['first_turn_seconds']:9.1f} s {peak:>12} "
               f"{relative:7.2f}x")
+    idle = profile(ways[0], args.profile) if args.profile else None
     print(json.dumps({"shape": args.shape, "rows": args.rows, "config": vars(args.config),
                       "dtype": str(args.dtype), "compiled": args.compile,
                       "optimizer": args.optimizer, "torch": torch.__version__,
-                      "device": str(args.device), "malloc": os.environ.get("GLIBC_TUNABLES"),
-                      "ceiling_gflops": ceiling / 1e9, "ways": results}))
+                      "device": device_name(args.device), "malloc": os.environ.get("GLIBC_TUNABLES"),
+                      "ceiling_gflops": ceiling / 1e9, "idle": idle, "ways": results}))
 
 
 if __name__ == "__main__":

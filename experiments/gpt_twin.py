@@ -17,6 +17,7 @@ objective. The twin is out/quickstart-ar; if there is none it is trained first, 
 """
 
 import argparse
+import copy
 import itertools
 import re
 import sys
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bench.sampling import write_cached
+from bench.sampling import CachedTwin, write_cached
 from diffusion import Curve, Model, evaluate, keyed_generator, mean_and_error, shift_right
 from experiments.lab.command import answer, count, flags, several
 from experiments.lab.pictures import draw
@@ -37,6 +38,7 @@ from model import Transformer
 from plumbing.checkpoint import load_checkpoint
 from plumbing.command import command
 from plumbing.config import ConfigError
+from plumbing.machine import choose_dtype
 from prepare_data import TokenFile, get_tokenizer
 from sample import denoise, generate, largest, left_to_right_model
 
@@ -189,8 +191,9 @@ def speeds(model: Model, twin: Transformer, x: Tensor, mask_id: int,
     ways = {f"diffusion, {steps} calls": writer(model, steps, "random")
             for steps in sorted(step_counts)}
     ways[f"the twin, {N} calls, no cache"] = writer(causal, N, "left_to_right")
+    cached = CachedTwin(copy.deepcopy(twin).to(choose_dtype("auto", x.device)), len(x))
     ways[f"the twin, {N} calls, cached"] = (
-        lambda generator: write_cached(twin, x, generator=generator))
+        lambda generator: write_cached(cached, x, generator=generator))
     fastest = {}
     for way, write in ways.items():
         seconds = []

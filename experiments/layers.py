@@ -60,12 +60,13 @@ def attention_weights(attention: Attention, x: Tensor, rotary: Tensor) -> tuple[
     """(weights (B,H,T,T), v (B,H,T,D)) of `attention(x, rotary)`, which is proj(weights @ v)."""
     B, T, C = x.shape
     D = C // attention.n_head
-    qkv = attention.qkv(x).view(B, T, 3, attention.n_head, D)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,H,T,D) each
-    scores = rotate(norm(q), rotary) @ rotate(norm(k), rotary).mT / D**0.5
+    q, k, v = attention.qkv(x).view(B, T, 3 * attention.n_head, D).chunk(3, dim=2)  # (B,T,H,D)
+    q = rotate(norm(q), rotary).transpose(1, 2)  # (B,H,T,D)
+    k = rotate(norm(k), rotary).transpose(1, 2)
+    scores = q @ k.mT / D**0.5  # (B,H,T,T)
     if attention.causal:
         scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
-    return scores.softmax(-1), v
+    return scores.softmax(-1), v.transpose(1, 2)
 
 
 @torch.no_grad()

@@ -30,10 +30,10 @@ from experiments.lab.judge import ORDER_OPTIONS, judge, load_twins, real_text, w
 from experiments.lab.pictures import draw, paint_frontier
 from experiments.lab.plain import PlainTransformer, train_plainly
 from experiments.lab.runs import TRAIN, Point, Run, read_run
-from model import ModelConfig, count_parameters
+from model import ModelConfig
 from plumbing.command import command
 from plumbing.config import ConfigError, Parser, load
-from plumbing.machine import choose_device
+from plumbing.machine import choose_device, count_parameters
 from plumbing.terminal import show
 from prepare_data import TokenFile
 from sample import REMASKS, left_to_right_model

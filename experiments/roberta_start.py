@@ -37,11 +37,11 @@ from diffusion import Bound, Masking, corrupt, keyed_generator, loss, mean_and_e
 from experiments.lab.command import answer, count, flags
 from experiments.lab.pictures import draw
 from experiments.lab.runs import OUT, autocast, pair_nelbos
-from model import count_parameters, rotate
+from model import rotate
 from plumbing.checkpoint import CheckpointError
 from plumbing.command import command
 from plumbing.config import ConfigError
-from plumbing.machine import choose_device, keep_freed_memory
+from plumbing.machine import choose_device, count_parameters, keep_freed_memory
 from prepare_data import DataError, TokenFile, get_tokenizer
 from sample import generate
 

@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,11 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda":
         return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))  # set by torchrun
     return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What its maker calls it, as far as PyTorch knows."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -81,6 +88,29 @@ def attention_written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tens
     return ((weights @ v) / total).to(v.dtype)
 
 
+def hand_over(batch: NamedTuple, device: torch.device) -> NamedTuple:
+    """A batch of tensors, to the device: from pinned memory a GPU fetches it, and nobody waits."""
+    if device.type == "cuda":
+        batch = type(batch)(*(field.pin_memory() for field in batch))
+    return type(batch)(*(field.to(device, non_blocking=True) for field in batch))
+
+
+def fetch(numbers: Tensor) -> Callable[[], list[float]]:
+    """Start to copy a few numbers from the device; calling the result waits for them."""
+    if numbers.device.type != "cuda":
+        values = numbers.tolist()
+        return lambda: values
+    copy = numbers.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()  # with what was asked for before the copy, not with what came later
+        return copy.tolist()
+
+    return read
+
+
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of plain matrix products, here and now: what MFU is a fraction of. Takes a moment."""
     size = 8192 if device.type == "cuda" else 1024
@@ -93,6 +123,10 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
         product[0, 0].item()  # waits for the device
         best = max(best, 10 * 2 * size**3 / (time.perf_counter() - started))
     return best
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def flops_per_token(config, predicted_fraction: float = 1.0) -> float:
@@ -124,6 +158,8 @@ class Machine:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         self.master = self.rank == 0
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # what stays in float32 may use TF32
         # The rows of one forward pass, and this process's slices of the global batch.
         self.rows = cfg.micro_batch_size or max(1, cfg.batch_size // self.world)
         parts = cfg.batch_size // self.rows  # micro-batches over all processes
@@ -138,7 +174,12 @@ class Machine:
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        return f"{self.device}; {name} matrix products reach {self.ceiling / 1e9:,.0f} GFLOP/s"
+        return f"{device_name(self.device)}; {name} matrix products reach {self.ceiling / 1e9:,.0f} GFLOP/s"
+
+    @property
+    def steps_late(self) -> int:
+        """How much later a step's loss is read. A GPU works on while the next step is prepared."""
+        return 1 if self.device.type == "cuda" else 0
 
     @functools.cached_property
     def ceiling(self) -> float:
@@ -156,12 +197,11 @@ class Machine:
         dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         return DistributedDataParallel(model)
 
-    def sum(self, value: float | Tensor) -> Tensor:
-        """A scalar, added up over all processes."""
-        value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Added up over all processes, in place."""
         if self.world > 1:
-            dist.all_reduce(value)
-        return value
+            dist.all_reduce(numbers)
+        return numbers
 
     def leave(self) -> None:
         if self.world > 1:

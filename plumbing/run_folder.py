@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from diffusion import Bound
 from model import Transformer
 from plumbing.checkpoint import CheckpointError, read_tensors, write_tensors
 from plumbing.config import ConfigError
+from plumbing.machine import fetch
 
 # What may differ when a run goes on: where it runs and how long, not what it learns.
 FREE = ("data_dir", "out_dir", "resume", "init_from", "micro_batch_size", "device", "precision",
@@ -65,6 +67,7 @@ class Run:
         self.optimizers = optimizers
         self.step = 0
         self.losses: list[float] = []  # of the steps since the last line of the log
+        self.sent: list[tuple[int, Callable]] = []  # numbers on their way from the device
         self.best = math.inf  # the lowest validation loss so far
         self.started = time.monotonic()
         self.seconds_before = 0.0  # what earlier processes took, if this run is resumed
@@ -86,6 +89,24 @@ class Run:
 
     def steps_per_second(self) -> float:
         return (self.step - self.clock_step) / (time.monotonic() - self.clock_time)
+
+    def send(self, numbers: Tensor) -> None:
+        """[loss, gradient norm, 1 to stop] of this step, (3,), leave the device: see `receive`."""
+        self.sent.append((self.step, fetch(numbers)))
+
+    def receive(self, late: int = 0) -> bool:
+        """Wait for the numbers of all steps but the last `late`; whether a process wants to stop.
+
+        Before anything is saved, `late` must be 0: FloatingPointError for NaN or infinity.
+        """
+        stop = 0.0
+        while len(self.sent) > late:
+            step, read = self.sent.pop(0)
+            loss, norm, stop = read()
+            check_finite(f"loss of step {step}", loss)
+            check_finite(f"gradient norm of step {step}", norm)
+            self.losses.append(loss)
+        return stop > 0
 
     def tensors(self) -> dict[str, Tensor]:
         """In one flat dict: "model.*", "ema.*", "optimizer.<parameter>.<what>"."""
@@ -186,6 +207,7 @@ class RunFolder:
 
     def save(self, run: Run) -> None:
         """model.safetensors if this is the best evaluation so far, and state.safetensors."""
+        run.receive()  # nothing is saved after NaN or infinity
         evaluation = self.evaluation
         self.evaluation = None
         info = {"model": dataclasses.asdict(run.model.config),

@@ -27,15 +27,16 @@ def twin() -> Transformer:
 def test_the_cache_changes_nothing(twin):
     x = torch.full((3, 16), 20)
     x[:, :4] = torch.randint(20, (3, 4), generator=seeded(0))
-    greedy = sampling.write_cached(twin, x, 0.0)
+    cached = sampling.CachedTwin(twin, 3)
+    greedy = sampling.write_cached(cached, x, 0.0)
     assert torch.equal(greedy, generate(left_to_right_model(twin, 20), x, 20, temperature=0,
                                         order="left_to_right"))
-    drawn = sampling.write_cached(twin, x, 1.0, seeded(1))
+    drawn = sampling.write_cached(cached, x, 1.0, seeded(1))  # in the old cache, all overwritten
     assert torch.equal(drawn[:, :4], x[:, :4]) and (drawn < 20).all()
     with torch.no_grad():  # and call by call, the logits
-        cache = sampling.CachedTwin(twin)
         starts = diffusion.shift_right(drawn, 20)
-        logits = [cache(starts[:, :3]), *(cache(starts[:, t : t + 1]) for t in range(3, 16))]
+        pieces = torch.arange(16).split([3] + [1] * 13)
+        logits = [cached(starts[:, at], at) for at in pieces]
         torch.testing.assert_close(torch.stack(logits, 1), twin(starts)[:, 2:], rtol=1e-4,
                                    atol=1e-4)
 
@@ -68,10 +69,10 @@ def test_a_step_that_is_timed_trains(optimizer):
     args = training.parse([*QUICK, *flags])
     for name in training.WAYS:
         way = training.Way(name, args)
-        first = way.step(0)
+        first = way.turn(0, 1)
         assert first == pytest.approx(5.55, abs=0.1)  # ln 257
         for _ in range(3):
-            last = way.step(0)
+            last = way.turn(0, 1)
         assert last < first
         assert way.predicted_fraction == (17 / 32 if name == "masked" else 1)
 

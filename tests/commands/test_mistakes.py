@@ -6,7 +6,7 @@ import pytest
 
 COMMANDS = [
     ("bench.training", "--shape=huge", "invalid choice: 'huge'"),
-    ("bench.training", "--repeats=0", "--repeats and --rows must be at least 1"),
+    ("bench.training", "--repeats=0", "--repeats, --rows and --steps-per-turn must be at least 1"),
     ("bench.training", "--device=mps", "device mps is not available"),
     ("bench.sampling", "--steps 0", "every number must be at least 1, not 0"),
     ("bench.transformers_baseline", "--rows=0", "must be at least 1"),

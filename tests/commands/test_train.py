@@ -15,6 +15,7 @@ from tiny_runs import TINY, everything, flags, log, run, state
 
 import train
 from plumbing.checkpoint import load_checkpoint, read_tensors
+from plumbing.machine import Machine
 from plumbing.muon import Muon
 from prepare_data import write_dataset
 
@@ -39,6 +40,21 @@ def test_evaluating_and_saving_do_not_change_training(data, tmp_path):
     often = run(data, tmp_path / "often", eval_interval=1)
     never = run(data, tmp_path / "never", eval_interval=99)
     assert everything(often)[0] == everything(never)[0]
+
+
+@pytest.fixture(params=[0, 1], ids=["read at once", "read a step late"])
+def steps_late(request, monkeypatch) -> int:
+    """When the loss of a step is read: at once as on a CPU, or while the next computes."""
+    monkeypatch.setattr(Machine, "steps_late", request.param)
+    return request.param
+
+
+def test_numbers_read_late_are_the_same(data, tmp_path, monkeypatch):
+    at_once = run(data, tmp_path / "at_once")
+    monkeypatch.setattr(Machine, "steps_late", 1)
+    parts = run(data, tmp_path / "parts", max_steps=7)
+    run(data, parts, resume=True)
+    assert everything(parts) == everything(at_once)
 
 
 def assert_same_training(one: Path, other: Path) -> None:
@@ -92,7 +108,7 @@ def test_without_a_compiler_it_trains_with_one_warning(data, tmp_path, monkeypat
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(data, tmp_path, monkeypatch, capsys,
-                                                                number, code):
+                                                                number, code, steps_late):
     average = train.average
 
     def interrupted(*arguments):
@@ -103,9 +119,10 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(data, tmp_path, 
     monkeypatch.setattr(train, "average", interrupted)
     assert train.main(flags(data, tmp_path / "out")) == code
     printed = capsys.readouterr()
-    assert "stopped after step 5 of 12" in printed.out and "--resume" in printed.out
+    assert f"stopped after step {5 + steps_late} of 12" in printed.out
+    assert "--resume" in printed.out
     assert printed.err == ""
-    assert read_tensors(tmp_path / "out/state.safetensors")[1]["step"] == 5
+    assert read_tensors(tmp_path / "out/state.safetensors")[1]["step"] == 5 + steps_late
 
 
 def test_a_run_that_fails_gives_the_signals_back(data, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from oracles import seeded
 
 import model
 from model import ModelConfig, Transformer
-from plumbing.machine import attention_written_out, flops_per_token
+from plumbing.machine import attention_written_out, count_parameters, flops_per_token
 
 SHAPE = {"vocab_size": 11, "context_length": 12, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -135,13 +135,13 @@ def test_a_token_is_seen_from_both_sides_but_with_causal_never_before_itself(t, 
 def test_rotary_scores_depend_on_the_distance_alone():
     q, k = torch.randn(2, 16, generator=seeded(0))
     rotary = model.rotary_table(20, 16)
-    rotated = [model.rotate(x.expand(1, 1, 20, 16), rotary)[0, 0] for x in (q, k)]
+    rotated = [model.rotate(x.expand(1, 20, 1, 16), rotary)[0, :, 0] for x in (q, k)]
     scores = rotated[0] @ rotated[1].T  # [i, j] = <R_i q, R_j k>
     torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], atol=1e-4, rtol=0)  # by diagonal
     by_distance = torch.cat([scores[0].flip(0), scores[1:, 0]])  # distances i - j = -19..19
     assert by_distance.unique().numel() == 39  # each, sign included, is told from every other
     torch.testing.assert_close(scores[7, 7], q @ k, atol=1e-4, rtol=0)  # distance 0: no turn at all
-    cosine, sine = model.rotary_table(5, 8).double()
+    cosine, sine = model.rotary_table(5, 8).double().squeeze(2)
     angles = torch.atan2(sine[1], cosine[1])  # between neighbours, for each of the 4 pairs
     expected = torch.tensor([1.0, 0.1, 0.01, 0.001]).double()  # 10000^(-2i/8)
     torch.testing.assert_close(angles, expected, atol=1e-7, rtol=1e-5)
@@ -206,7 +206,7 @@ def test_number_of_parameters_is_the_closed_formula(V, rows):
     # One table: V+1 embeddings of C channels, rows rounded up to a multiple of 64.
     for L, C in [(1, 32), (3, 48)]:
         net = fresh(vocab_size=V, n_layer=L, n_embd=C)
-        assert model.count_parameters(net) == 12 * L * C**2 + rows * C
+        assert count_parameters(net) == 12 * L * C**2 + rows * C
 
 
 def test_flops_are_six_per_weight_used_plus_attention():

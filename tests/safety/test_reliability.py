@@ -250,7 +250,10 @@ SPOILS = {
 
 @pytest.mark.parametrize("kind", SPOILS)
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
-def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch, capsys, kind, grad_clip):
+@pytest.mark.parametrize("steps_late", [0, 1])  # as on a CPU and on a GPU
+def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch, capsys, kind, grad_clip,
+                                         steps_late):
+    monkeypatch.setattr(machine.Machine, "steps_late", steps_late)
     out_dir = tmp_path / "out"
     changes = dict(grad_clip=grad_clip, eval_interval=3)
     assert train.main(command(data, out_dir, max_steps=5, **changes)) == 0
