@@ -13,22 +13,25 @@ from plumbing.text import token_texts
 class Progress:
     """One line on stderr, rewritten in place: amount, speed, time left. Needs a terminal."""
 
-    def __init__(self, label: str, total: float = 0):
+    def __init__(self, label: str, total: float = 0, unit: str = "MB"):
         self.label = label
-        self.total = total  # bytes; 0 if nobody knows
+        self.total = total  # bytes, or whatever is counted; 0 if nobody knows
+        self.unit = unit
+        self.scale = 1e6 if unit == "MB" else 1
         self.done = 0
         self.start = time.monotonic()
         self.shown = self.start
 
-    def advance(self, num_bytes: int) -> None:
-        self.done += num_bytes
+    def advance(self, amount: int) -> None:
+        self.done += amount
         now = time.monotonic()
         if not sys.stderr.isatty() or (now - self.shown < 0.2 and self.done != self.total):
             return
         self.shown = now
         speed = max(1, self.done) / max(1e-9, now - self.start)
         left = f", {max(0, self.total - self.done) / speed:.0f} s left" if self.total else ""
-        line = f"{self.label}: {self.done / 1e6:.0f} MB at {speed / 1e6:.1f} MB/s{left}"
+        line = (f"{self.label}: {self.done / self.scale:.0f} {self.unit} at "
+                f"{speed / self.scale:.1f} {self.unit}/s{left}")
         print(f"\r{line}\033[K", end="\r", file=sys.stderr, flush=True)
 
 
