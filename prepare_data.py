@@ -1,9 +1,10 @@
 """From text to tokens: python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
 
-Three files come out, under their final names only when they are complete:
+These files come out, under their final names only when they are complete:
 
     train.bin, val.bin    token ids, one after another, little-endian uint16 (uint32 above 65,535)
     meta.json             which tokenizer, how many tokens and bytes, where the text is from
+    vocabulary.tiktoken   with --tokenizer bpe:4096: the tokens learned from the training text
 
 and `TokenFile` reads them: memory-mapped, it serves the global batch of a training step. How the
 text gets here, by download or from your disk, is in plumbing/corpora.py.
@@ -18,29 +19,24 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+from plumbing.bpe import PATTERN
 from plumbing.command import command
 from plumbing.config import Parser
 from plumbing.corpora import CORPORA, SIZES, Documents, files, hugging_face
 from plumbing.corpora import DataError, make_folder, sha256_of
 from plumbing.terminal import Progress
+from plumbing.vocabulary import VOCABULARY, Pieces, asked_for, provide, read_file, read_vocabulary
 
 # --- Tokenizers -----------------------------------------------------------------------------------
 
 
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """"byte" (256 byte values and end-of-text; needs no download) or "gpt2" (BPE, 50257 tokens)."""
-    if name == "byte":
-        # Can spell any text in any language. But a row of 256 tokens is then only some 45 words,
-        # and the model has to learn spelling before it can learn anything else.
-        ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("byte", pat_str=r"(?s).+", mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": 256})
+def get_tokenizer(name: str, folder: str | Path = ".") -> tiktoken.Encoding:
+    """"byte", "gpt2", or "bpe:4096:DIGEST", whose vocabulary is in `folder`, data or checkpoint."""
     if name == "gpt2":
         # 4 to 5 bytes of English per token: for gigabytes of text. In a small corpus most of the
         # 50257 tokens are too rare to be learned.
@@ -50,15 +46,26 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             raise DataError(f"the GPT-2 tokenizer cannot be downloaded ({type(error).__name__}): "
                             "go online once, point TIKTOKEN_CACHE_DIR at its files, or use "
                             "--tokenizer byte") from None
-    raise DataError(f"unknown tokenizer {name!r}; known: byte, gpt2")
+    if name == "byte":
+        # Can spell any text in any language. But a row of 256 tokens is then only some 45 words,
+        # and the model has to learn spelling before it can learn anything else.
+        ranks = {bytes([i]): i for i in range(256)}
+        pattern = r"(?s).+"
+    elif name.startswith("bpe:"):
+        ranks = read_vocabulary(name, folder)  # about 4 bytes per token, all of your text
+        pattern = PATTERN
+    else:
+        raise DataError(f"unknown tokenizer {name!r}; known: byte, bpe:4096, gpt2")
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": len(ranks)})
 
 
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def start_worker(tokenizer_name: str) -> None:
+def start_worker(tokenizer_name: str, folder: Path) -> None:
     global tokenizer  # of this process; Pool gives a worker no other place to keep something
-    tokenizer = get_tokenizer(tokenizer_name)
+    tokenizer = get_tokenizer(tokenizer_name, folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
 
 
@@ -74,24 +81,11 @@ def encode(piece: tuple[str, str, bool]) -> tuple[str, int, bool, np.ndarray]:
     return split, len(text.encode()), last, np.array(ids, dtype)
 
 
-def pieces_of(documents: Documents) -> Iterator[tuple[str, str, bool]]:
-    """(split, text, last), one piece after another; `last` says that the document ends here."""
-    for split, texts in documents:
-        previous = None  # one piece behind, because only the next shows that it wasn't the last
-        for text in texts:
-            if previous is not None:
-                yield split, previous, False
-            previous = text
-        if previous is not None:
-            yield split, previous, True
-
-
-def write_tokens(documents: Documents, tokenizer_name: str, folder: Path, size: float) -> dict:
+def write_tokens(pieces: Pieces, tokenizer_name: str, folder: Path, size: float) -> dict:
     """Write folder/train.bin and val.bin; returns the tokens, bytes and documents of each."""
     counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in ("train", "val")}
     progress = Progress("tokenizing", size)  # on stderr, if that is a terminal
-    pieces = pieces_of(documents)
-    with (multiprocessing.Pool(initializer=start_worker, initargs=(tokenizer_name,)) as pool,
+    with (multiprocessing.Pool(None, start_worker, (tokenizer_name, folder)) as pool,
           open(folder / "train.bin", "wb") as train,
           open(folder / "val.bin", "wb") as val):
         # Left alone, Pool.imap would read its whole input ahead: 40 GB of OpenWebText. In groups of
@@ -115,13 +109,15 @@ def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, sour
 
     source: where the text is from, for the record; size: its bytes if known, to estimate the time.
     """
-    vocab_size = get_tokenizer(tokenizer_name).n_vocab  # a wrong name ends here
+    # A wrong name ends here. "bpe:4096" learns a vocabulary, "bpe:4096:DIGEST" has it in out_dir.
+    vocab_size = asked_for(tokenizer_name) or get_tokenizer(tokenizer_name, out_dir).n_vocab
     make_folder(out_dir, "--out-dir")
     # Inside out_dir, because a rename is atomic only within one file system. It vanishes, whatever
     # happens: a mistake, a full disk, Ctrl-C.
     with tempfile.TemporaryDirectory(dir=out_dir) as unfinished:
         unfinished = Path(unfinished)
-        counts = write_tokens(documents, tokenizer_name, unfinished, size)
+        tokenizer_name, pieces = provide(tokenizer_name, documents, out_dir, unfinished)
+        counts = write_tokens(pieces, tokenizer_name, unfinished, size)
         for split, count in counts.items():
             if not count["bytes"]:
                 raise DataError(f"{source} has no text for the {split} split")
@@ -139,8 +135,11 @@ def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, sour
         # Without meta.json there is no dataset, so a crash between these renames can't pair the
         # train.bin of one corpus with the val.bin of another.
         (out_dir / "meta.json").unlink(missing_ok=True)
-        for name in ("train.bin", "val.bin", "meta.json"):  # in this order
-            os.replace(unfinished / name, out_dir / name)
+        for name in (VOCABULARY, "train.bin", "val.bin", "meta.json"):  # in this order
+            if (unfinished / name).exists():
+                os.replace(unfinished / name, out_dir / name)
+            else:  # an earlier vocabulary; byte and gpt2 need none
+                (out_dir / name).unlink(missing_ok=True)
     return meta
 
 
@@ -159,7 +158,7 @@ class TokenFile:
             self.tokenizer = meta["tokenizer"]
             self.vocab_size = meta["vocab_size"]  # 257 for bytes, 50257 for GPT-2
             self.num_tokens = meta[split]["tokens"]
-            self.num_bytes = meta[split]["bytes"]  # of the text: for bits per byte
+            self.num_bytes = meta[split]["bytes"]  # the text's: end-of-text costs bits and has none
             numbers = (self.vocab_size, self.num_tokens, self.num_bytes)
             well_typed = type(self.tokenizer) is str and all(type(n) is int for n in numbers)
             if meta["format"] != 1 or not well_typed or not 1 <= self.vocab_size <= 2**20:
@@ -172,6 +171,7 @@ class TokenFile:
                             f"{folder}") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{meta_path} is damaged ({error!r:.99}): prepare it again") from None
+        read_file(self.tokenizer, folder)  # whether the vocabulary of bpe:4096 is there
         # Its hash would take minutes for 20 GB of fineweb-edu; its size says nearly as much.
         expected = self.num_tokens * dtype.itemsize
         if size != expected or min(size, self.num_bytes) < 1:
@@ -219,8 +219,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("corpus", nargs="+", help=f"{', '.join(CORPORA)}; hf:NAME[:CONFIG], any Hugging Face "
         "dataset with a text column; or UTF-8 text files of your own")
-    add("--tokenizer", default="byte", help="byte or gpt2 (default: byte)")
-    add("--out-dir", type=Path, help="where the three files go (default: data/CORPUS)")
+    add("--tokenizer", default="byte", help="byte; bpe:4096, or another number of tokens, learned "
+        "from the first 2^25 characters of the training text; or gpt2 (default: byte)")
+    add("--out-dir", type=Path, help="where the files go (default: data/CORPUS)")
     add("--downloads", type=Path, default=Path("data/downloads"), help="where to keep downloads")
     add("--max-documents", type=int, help="stop after so many documents")
     args = parser.parse_args(arguments)

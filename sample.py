@@ -439,7 +439,7 @@ def score(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Enco
 def main(arguments: list[str]) -> None:
     cmd = load(Command, None, arguments, "sample.py", __doc__)
     model, info = load_checkpoint(cmd.checkpoint, choose_device(cmd.device))
-    tokenizer = get_tokenizer(info["tokenizer"])
+    tokenizer = get_tokenizer(info["tokenizer"], cmd.checkpoint)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise CheckpointError(f"{cmd.checkpoint} does not have the vocabulary of its tokenizer")
     (score if cmd.score else write)(cmd, model, info, tokenizer)

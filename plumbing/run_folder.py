@@ -23,6 +23,7 @@ from model import Transformer
 from plumbing.checkpoint import CheckpointError, read_tensors, write_tensors
 from plumbing.config import ConfigError
 from plumbing.machine import fetch
+from plumbing.vocabulary import copy_file
 
 # What may differ when a run goes on: where it runs and how long, not what it learns.
 FREE = ("data_dir", "out_dir", "resume", "init_from", "micro_batch_size", "device", "precision",
@@ -189,6 +190,7 @@ class RunFolder:
             pass
         end = self.log_file.seek(0, os.SEEK_END)
         self.log_file.seek(self.log_file.truncate(min(log_size, end)))  # the rest will happen again
+        copy_file(self.tokenizer, self.cfg.data_dir, self.path)  # a vocabulary, if it has one
         part = self.path / "config.json.part"
         part.write_text(json.dumps(dataclasses.asdict(self.cfg), indent=2) + "\n")
         os.replace(part, self.path / "config.json")

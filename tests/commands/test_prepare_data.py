@@ -148,9 +148,9 @@ def test_the_same_text_gives_the_same_files_in_a_folder_named_after_it(tmp_path)
 def test_a_large_vocabulary_is_written_and_read_as_uint32(tmp_path, monkeypatch):
     wide = tiktoken.Encoding("wide", pat_str=r"(?s).+", special_tokens={"<|endoftext|>": 70_000},
                              mergeable_ranks={bytes([i]): i for i in range(256)})
-    monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name: wide)
+    monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name, folder: wide)
     monkeypatch.setattr(prepare_data, "tokenizer", wide, raising=False)
-    monkeypatch.setattr(prepare_data, "start_worker", lambda name: None)
+    monkeypatch.setattr(prepare_data, "start_worker", lambda name, folder: None)
     monkeypatch.setattr(prepare_data.multiprocessing, "Pool", ThreadPool)  # which shares "wide"
     documents = [("train", ["ab"]), ("val", ["c"])]
     meta = write_dataset(iter(documents), "wide", tmp_path / "out", "test")
@@ -223,7 +223,7 @@ MISTAKES = [
     ("cut.txt", "cut.txt is not UTF-8 text"),  # it ends inside a character
     ("continuations.txt", "continuations.txt is not UTF-8 text"),  # no character begins
     ("good.txt latin1.txt", "latin1.txt is not UTF-8 text"),
-    ("good.txt --tokenizer klingon", "unknown tokenizer 'klingon'; known: byte, gpt2"),
+    ("good.txt --tokenizer klingon", "unknown tokenizer 'klingon'; known: byte, bpe:4096, gpt2"),
     ("good.txt --out-dir empty.txt", "--out-dir empty.txt is a file, not a folder"),
     ("good.txt --out-dir empty.txt/deeper", "--out-dir empty.txt/deeper is a file, not a folder"),
     ("sotu --downloads empty.txt", "--downloads empty.txt is a file, not a folder"),
