@@ -301,7 +301,7 @@ def main(arguments: list[str]) -> None:
     add("--rows", type=several, default=384, help="windows of validation text (default: 384)")
     args = parser.parse_args(arguments)
     english, info = load_checkpoint(args.checkpoint)
-    decode = get_tokenizer(info["tokenizer"]).decode
+    decode = get_tokenizer(info["tokenizer"], args.checkpoint).decode
     folder = prepared(args.source, args.data_dir)
     steps = str(args.steps)
     settings = ["--data-dir", folder, "--steps", steps, "--eval-interval", steps,

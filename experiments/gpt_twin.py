@@ -279,7 +279,7 @@ def main(arguments: list[str]) -> None:
     mask_id = model.config.mask_id
     N = model.config.context_length
     val = TokenFile(args.data_dir, "val")
-    tokenizer = get_tokenizer(tokenizer_name)
+    tokenizer = get_tokenizer(tokenizer_name, args.checkpoint)
     if val.tokenizer != tokenizer_name:
         raise ConfigError(f"{args.data_dir} is in tokens of {val.tokenizer}, the model of "
                           f"{tokenizer_name}")

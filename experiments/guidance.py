@@ -129,7 +129,7 @@ class BagOfTokens(nn.Module):
 def old_and_modern(file: TokenFile, part: int) -> tuple[Tensor, Tensor]:
     """The tokens of every second document (part 0 or 1) of the first and of the last third."""
     tokens = np.asarray(file.tokens).astype(np.int64)
-    ends = np.flatnonzero(tokens == get_tokenizer(file.tokenizer).eot_token) + 1
+    ends = np.flatnonzero(tokens == get_tokenizer(file.tokenizer, file.path.parent).eot_token) + 1
     documents = np.split(tokens, ends[:-1])
     third = len(documents) // 3
     if third < 2:
@@ -213,7 +213,7 @@ def main(arguments: list[str]) -> None:
     train = TokenFile(args.data_dir, "train")
     streams = [old_and_modern(train, part) for part in (0, 1)]
     mask_id = model.config.mask_id
-    tokenizer = get_tokenizer(info["tokenizer"])
+    tokenizer = get_tokenizer(info["tokenizer"], args.checkpoint)
     prefix = tokenizer.encode_ordinary(args.prefix)
     if not len(prefix) < args.length <= model.config.context_length:
         raise ConfigError(f"--length must be more than the prefix's {len(prefix)} tokens and at "

@@ -193,7 +193,7 @@ def main(arguments: list[str]) -> None:
     model, info = load_checkpoint(args.checkpoint)
     if model.config.causal:
         raise ConfigError(f"{args.checkpoint} is autoregressive: it has no hidden tokens to fill")
-    tokenizer = get_tokenizer(info["tokenizer"])
+    tokenizer = get_tokenizer(info["tokenizer"], args.checkpoint)
     mask_id = model.config.mask_id
     T = model.config.context_length
     H = model.config.n_head

@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"{args.checkpoint} is autoregressive: it never sees hidden text")
     T = model.config.context_length
     mask_id = model.config.mask_id
-    tokenizer = get_tokenizer(info["tokenizer"])
+    tokenizer = get_tokenizer(info["tokenizer"], args.checkpoint)
     if not 0 <= args.prefix_length <= T - LEVELS:
         parser.error(f"--prefix-length must be in 0..{T - LEVELS}, not {args.prefix_length}")
     x_0 = torch.from_numpy(TokenFile(args.data_dir, "val").spread(args.rows, T))

@@ -346,7 +346,7 @@ def read_tokens(folder: str, split: str, encoding: tiktoken.Encoding, length: in
     (RoBERTa separates them by </s>, which must not be written.)
     """
     file = TokenFile(folder, split)
-    text = get_tokenizer(file.tokenizer).decode(file.tokens.tolist())
+    text = get_tokenizer(file.tokenizer, folder).decode(file.tokens.tolist())
     tokens = torch.tensor(encoding.encode_ordinary(text.replace("<|endoftext|>", "\n\n")))
     if len(tokens) < length:
         raise DataError(f"{file.path} has {len(tokens)} tokens, fewer than one row of {length}")

@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> None:
     add("--seed", type=int, default=1)
     args = parser.parse_args(arguments)
     model, info = load_checkpoint(args.checkpoint)
-    tokenizer = get_tokenizer(info["tokenizer"])
+    tokenizer = get_tokenizer(info["tokenizer"], args.checkpoint)
     mask_id = model.config.mask_id
     generator = Generator().manual_seed(args.seed)
     x, form = parse(args.template, tokenizer, mask_id)

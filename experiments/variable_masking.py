@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> None:
     networks = train_all(args.data_dir, args.steps, settings)
     T = networks["15%"].config.context_length
     mask_id = networks["15%"].config.mask_id
-    tokenizer = get_tokenizer(train.tokenizer)
+    tokenizer = get_tokenizer(train.tokenizer, args.data_dir)
     x_0 = torch.from_numpy(val.spread(args.rows, T))
     vocabulary = vocabulary_of(train)
     unigram = entropy(torch.from_numpy(val.tokens.astype("int64")))

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{args.file}: {getattr(error, 'strerror', None) or error}") from None
     vocabulary = vocabulary_of(train)
-    real = get_tokenizer(val.tokenizer).decode(val.tokens[:200_000].tolist())
+    real = get_tokenizer(val.tokenizer, args.data_dir).decode(val.tokens[:200_000].tolist())
     shuffled = "".join(random.Random(0).sample(real, len(real)))
     results = {}
     for name, text in (("written", written), ("validation", real), ("shuffled", shuffled)):

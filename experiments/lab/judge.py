@@ -68,7 +68,7 @@ def load_twins(checkpoint: str | Path, judge: str | Path, data_dir: str | Path) 
     if train.tokenizer != info["tokenizer"]:
         raise DataError(f"{data_dir} is in tokens of {train.tokenizer}, {checkpoint} of "
                         f"{info['tokenizer']}")
-    decode = get_tokenizer(info["tokenizer"]).decode
+    decode = get_tokenizer(info["tokenizer"], checkpoint).decode
     return Twins(model, info, twin, model.config.context_length, model.config.mask_id, decode,
                  vocabulary_of(train), TokenFile(data_dir, "val"))
 
@@ -100,7 +100,8 @@ def words(text: str) -> list[str]:
 
 def vocabulary_of(file: TokenFile) -> set[str]:
     """The words of a whole split."""
-    return set(words(get_tokenizer(file.tokenizer).decode(file.tokens.tolist())))
+    tokenizer = get_tokenizer(file.tokenizer, file.path.parent)
+    return set(words(tokenizer.decode(file.tokens.tolist())))
 
 
 def fraction_known(text: str, vocabulary: set[str]) -> float:

@@ -24,6 +24,7 @@ from diffusion import (
 )
 from plumbing import machine
 from plumbing.checkpoint import CheckpointError
+from plumbing.vocabulary import copy_file
 from prepare_data import DataError, TokenFile, get_tokenizer, write_dataset
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,13 +63,15 @@ def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
     """
     train = TokenFile(data_dir, "train")
     val = TokenFile(data_dir, "val")
-    tokenizer = get_tokenizer(train.tokenizer)
+    tokenizer = get_tokenizer(train.tokenizer, data_dir)
     end = tokenizer.decode([tokenizer.eot_token])
     length = min(1024, tokens)
     windows = train.spread(max(1, tokens // length), length).tolist()
     texts = [("train", window) for window in windows] + [("val", val.tokens.tolist())]
     documents = ((split, [text]) for split, ids in texts
                  for text in tokenizer.decode(ids).split(end) if text)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    copy_file(train.tokenizer, data_dir, out_dir)  # the same tokens, whatever is left of the text
     write_dataset(documents, train.tokenizer, out_dir, f"{tokens} tokens of {data_dir}")
     return out_dir
 
