@@ -23,7 +23,7 @@ from plumbing.terminal import Progress
 
 VOCABULARY = "vocabulary.tiktoken"
 NAME = re.compile("bpe:([0-9]{1,7}):([0-9a-f]{16})")
-MAX_SIZE = 2**25  # bytes of the file; 4,096 tokens take some 60,000
+MAX_SIZE = 2**25  # bytes of the file that are read; 4,096 tokens take some 60,000
 SAMPLE = 2**25  # characters of training text to learn from: more would change next to nothing
 Pieces = Iterator[tuple[str, str, bool]]  # (split, text, whether its document ends here)
 
@@ -120,8 +120,8 @@ def read_file(name: str, folder: str | Path) -> bytes:
     problem = "is missing"
     if path.is_file():  # not a pipe, say, from which we would read forever
         with open(path, "rb") as file:
-            content = file.read(MAX_SIZE + 1)
-        if len(content) <= MAX_SIZE and digest(content) == match[2]:
+            content = file.read(MAX_SIZE)
+        if digest(content) == match[2]:
             return content
         problem = f"is damaged or not that of {name}"
     raise DataError(f"{path} {problem}: copy it from the data or a checkpoint that has it, or run "
