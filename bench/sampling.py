@@ -197,8 +197,8 @@ def main(arguments: list[str]) -> None:
     new = min(args.new_tokens or T, T)
     compiling = args.compile and can_compile()
     network = torch.compile(model, dynamic=True) if compiling else model
-    # "reduce-overhead": on a GPU a call is one CUDA graph, launched in one go. Each shape is recorded
-    # by itself, so it is for random order, which predicts equally many positions in each step.
+    # "reduce-overhead": on a GPU a call is one CUDA graph, launched in one go. Each shape is
+    # recorded by itself, so it suits random order, which predicts equally many positions per step.
     graph = network
     if compiling and device.type == "cuda":
         graph = torch.compile(model, mode="reduce-overhead", dynamic=True)

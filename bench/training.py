@@ -303,7 +303,8 @@ def main(arguments: list[str]) -> None:
     print(json.dumps({"shape": args.shape, "rows": args.rows, "config": vars(args.config),
                       "dtype": str(args.dtype), "compiled": args.compile,
                       "optimizer": args.optimizer, "torch": torch.__version__,
-                      "device": device_name(args.device), "malloc": os.environ.get("GLIBC_TUNABLES"),
+                      "device": device_name(args.device),
+                      "malloc": os.environ.get("GLIBC_TUNABLES"),
                       "ceiling_gflops": ceiling / 1e9, "idle": idle, "ways": results}))
 
 

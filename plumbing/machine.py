@@ -174,7 +174,8 @@ class Machine:
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        return f"{device_name(self.device)}; {name} matrix products reach {self.ceiling / 1e9:,.0f} GFLOP/s"
+        device = device_name(self.device)
+        return f"{device}; {name} matrix products reach {self.ceiling / 1e9:,.0f} GFLOP/s"
 
     @property
     def steps_late(self) -> int:

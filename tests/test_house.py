@@ -33,11 +33,11 @@ LIMITS = {
     "train.py": 270,
     "sample.py": 450,
     "prepare_data.py": 270,
-    "plumbing/": 1526,
+    "plumbing/": 1590,
     NANO: 160,
 }
 READING_PATH_LIMIT = 1550
-CORE_LIMIT = 3076
+CORE_LIMIT = 3140
 
 # Of ours, what a file may import: by its name, or by that of the folder it is in.
 MAY_IMPORT = {

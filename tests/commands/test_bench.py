@@ -1,17 +1,19 @@
 """What is compared in speed must compute the same thing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from oracles import EXACT, JOINT, ROWS, Exact, T, V, fits, masked, seeded
 
 import diffusion
-from bench import sampling, training, transformers_baseline
+from bench import gpu, sampling, training, transformers_baseline
 from model import ModelConfig, Transformer
 from sample import generate, left_to_right_model
 
 CONFIG = ModelConfig(20, 16, n_layer=2, n_head=2, n_embd=32)
+ROOT = Path(gpu.__file__).parents[1]
 QUICK = "--repeats=1 --no-compile --device=cpu --precision=float32".split()
 
 
@@ -88,6 +90,40 @@ def test_a_bench_ends_with_one_json_line(module, flags, speeds, capsys, monkeypa
     assert module.main(["--shape", "quickstart", *QUICK, *flags.split()]) == 0
     found = speeds(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert len(found) >= 4 and min(found) > 0
+
+
+# --- A GPU in a few minutes -----------------------------------------------------------------------
+
+
+def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "OUT", tmp_path)
+    report = gpu.Report("a machine", seconds=60)
+    assert report.run("good", "-c 'print(1); print(2)'", 30) == ("1\n2\n", "")
+    stdout, problem = report.run("bad", "-c 'print(1); raise SystemExit(3)'", 30)
+    assert stdout == "1\n" and problem.startswith("exit code 3: see ")
+    endless = "-c 'import time; print(1, flush=True); time.sleep(60)'"
+    assert report.run("endless", endless, 5) == ("1\n", "stopped after 5 s")
+    report.deadline = 0
+    assert report.run("late", "-c 'print(1)'", 30) == ("", "no time was left")
+    report.add("python x.py", "3 | 4\n5", {"speed": 3})
+    report.add("python y.py", problem)
+    assert "| `python x.py` | 3 / 4 5 |\n" in (tmp_path / "results.md").read_text()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["parts"] == {"python x.py": {"speed": 3}, "python y.py": None}
+
+
+@pytest.mark.slow
+def test_the_whole_of_make_gpu_in_tiny_sizes(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(gpu, "OUT", tmp_path)
+    assert gpu.main(["--smoke", "--minutes=20"]) == 0
+    parts = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert len(parts) == 11  # proofs, ceilings, 2 ways to train, sampling, 3 runs and their texts
+    rows = (tmp_path / "results.md").read_text()
+    for problem in ("exit code", "stopped after", "no time", "left out", "failed"):
+        assert problem not in rows, rows
+    assert " passed in " in rows
+    assert rows.count("after 30 steps <= ") == 3
 
 
 # --- The classical stack --------------------------------------------------------------------------

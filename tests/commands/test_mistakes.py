@@ -8,6 +8,7 @@ COMMANDS = [
     ("bench.training", "--shape=huge", "invalid choice: 'huge'"),
     ("bench.training", "--repeats=0", "--repeats, --rows and --steps-per-turn must be at least 1"),
     ("bench.training", "--device=mps", "device mps is not available"),
+    ("bench.gpu", "--minutes=0", "--minutes must be above 0, not 0.0"),
     ("bench.sampling", "--steps 0", "every number must be at least 1, not 0"),
     ("bench.transformers_baseline", "--rows=0", "must be at least 1"),
     ("bench.transformers_baseline", "--mlm-probability=1.5", "must be in (0, 1], not 1.5"),
