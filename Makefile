@@ -1,6 +1,6 @@
 # make quickstart   install, fetch a corpus, train, write: 3 to 5 minutes on 2 CPU cores
-# make experiments  the learning guide's experiments, after make quickstart: docs/guide.md
-# make twin         what they begin with: their packages, and GPT's twin of the quickstart
+# make experiments  the learning guide's experiments: docs/guide.md
+# make twin         what they begin with: their packages, a model of bytes, and its twin GPT
 # make test         prove everything that is quick to prove
 # make test-slow    prove the rest
 # make test-reliability   kill, starve and deceive it for long: docs/reliability.md
@@ -15,10 +15,10 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 .PHONY: quickstart experiments twin test test-slow test-reliability gpu test-oldest lint clean
 
 quickstart: .venv/installed
-	$(BIN)/python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
+	$(BIN)/python prepare_data.py sotu --tokenizer bpe:8192 --out-dir data/sotu
 	$(BIN)/python train.py configs/quickstart.toml $(if $(wildcard out/quickstart/state.safetensors),--resume)
-	$(BIN)/python sample.py --checkpoint out/quickstart --prefix "The state of the Union " --num-samples 4 \
-		--steps 64 --order confidence --gumbel 1 --remask renoise --temperature 0.5 > out/quickstart/samples.txt
+	$(BIN)/python sample.py --checkpoint out/quickstart --prefix "The state of the Union" --num-samples 4 \
+		> out/quickstart/samples.txt
 	cat out/quickstart/samples.txt
 	$(BIN)/python -m experiments.words data/sotu out/quickstart/samples.txt
 
@@ -30,10 +30,14 @@ experiments: twin
 	set -e; for name in $(EXPERIMENTS); do \
 		echo; echo "== python -m experiments.$$name"; $(BIN)/python -m experiments.$$name; done
 
-twin: .venv/installed-dev out/quickstart-ar/model.safetensors
-out/quickstart-ar/model.safetensors: .venv/installed
-	$(BIN)/python train.py configs/quickstart.toml --objective autoregressive --out-dir out/quickstart-ar \
-		$(if $(wildcard out/quickstart-ar/state.safetensors),--resume)
+twin: .venv/installed-dev out/bytes/model.safetensors out/bytes-ar/model.safetensors
+data/sotu-bytes/meta.json: .venv/installed
+	$(BIN)/python prepare_data.py sotu --tokenizer byte --out-dir data/sotu-bytes
+out/bytes/model.safetensors: data/sotu-bytes/meta.json
+	$(BIN)/python train.py configs/bytes.toml $(if $(wildcard out/bytes/state.safetensors),--resume)
+out/bytes-ar/model.safetensors: data/sotu-bytes/meta.json
+	$(BIN)/python train.py configs/bytes.toml --objective autoregressive --out-dir out/bytes-ar \
+		$(if $(wildcard out/bytes-ar/state.safetensors),--resume)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not slow and not reliability"

@@ -40,12 +40,14 @@ def keyed_generator(seed: int, step: int, purpose: str) -> Generator:
 # A new objective needs a branch in draw_num_masked, num_predicted, ask and evaluate.
 OBJECTIVES = ("diffusion", "mlm", "autoregressive")
 WEIGHTINGS = ("nelbo", "token")
+MASK_POSITIONS = ("random", "spread")
 
 # A distribution of the mask ratio t is its CDF, rising from 0 to 1. To try your own, add a line.
 # Best is a symmetric one: only its rows come in pairs, and the head has half of the work.
 MASK_RATIOS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda t: t,  # every ratio equally often
     "bell": lambda t: 3 * t**2 - 2 * t**3,  # Beta(2,2): few rows nearly clean or nearly empty
+    "narrow": lambda t: 10 * t**3 - 15 * t**4 + 6 * t**5,  # Beta(3,3): still fewer
 }
 
 
@@ -56,6 +58,7 @@ class Masking:
 
     objective: str = "diffusion"  # "mlm": a fixed ratio, as BERT; "autoregressive": GPT
     mask_ratio: str | Callable[[Tensor], Tensor] = "uniform"  # or "bell", or a CDF of your own
+    mask_positions: str = "random"  # which are hidden: any subset; "spread": some far apart
     weighting: str = "nelbo"  # of hidden tokens: the bound's; "token": all count alike
     mask_levels: int = 0  # 0: hide any number of tokens; 10: only tenths of the row
     mlm_ratio: float = 0.15  # the fixed ratio of "mlm"
@@ -65,6 +68,7 @@ class Masking:
     def __post_init__(self):
         for name, value, choices in (("objective", self.objective, OBJECTIVES),
                                      ("mask_ratio", self.mask_ratio, MASK_RATIOS),
+                                     ("mask_positions", self.mask_positions, MASK_POSITIONS),
                                      ("weighting", self.weighting, WEIGHTINGS)):
             if value not in choices and not (name == "mask_ratio" and callable(value)):
                 raise ValueError(f"{name} must be {' or '.join(choices)}, not {value!r}")
@@ -136,12 +140,32 @@ def draw_num_masked(B: int, N: int, masking: Masking = Masking(),
     return m
 
 
+def bit_reversal(n: int) -> Tensor:
+    """(n,) int64: a rank for each position, 0, 4, 2, 6, 1, 5, 3, 7 for n = 8: the bits of 0 to n-1
+    read backwards (van der Corput). Those of similar rank are far apart."""
+    t = torch.arange(n)
+    rank = torch.zeros_like(t)
+    for i in range((n - 1).bit_length()):
+        rank = 2 * rank + (t >> i) % 2
+    return rank
+
+
 def draw_mask(num_masked: Tensor, T: int, prefix_length: int = 0,
-              generator: Generator | None = None) -> Tensor:
-    """(B,T) bool: num_masked[b] positions of row b after the prefix, all subsets equally likely."""
+              generator: Generator | None = None, mask_positions: str = "random") -> Tensor:
+    """(B,T) bool: num_masked[b] positions of row b after the prefix.
+
+    "random"  all subsets equally likely: what the bound speaks of
+    "spread"  what the order `spread` of sample.py still has to write, from a random start: every
+              hidden token has visible ones nearby, as in its sampling. Learns better, no bound
+    """
     B = len(num_masked)
     N = T - prefix_length
-    shuffled = torch.rand(B, N, generator=generator).argsort(dim=1) + prefix_length
+    if mask_positions == "spread":
+        start = torch.randint(N, (B, 1), generator=generator)
+        score = -bit_reversal(N)[(torch.arange(N) + start) % N]  # (B,N), the last ranks first
+    else:
+        score = torch.rand(B, N, generator=generator)
+    shuffled = score.argsort(dim=1) + prefix_length
     chosen = torch.arange(N) < num_masked[:, None]  # (B,N): the first m of each shuffled row
     return torch.zeros(B, T, dtype=torch.bool).scatter_(1, shuffled, chosen)
 
@@ -221,7 +245,7 @@ def corrupt(x_0: Tensor, mask_id: int, masking: Masking = Masking(),
     B, T = x_0.shape
     N = draw_num_maskable(T, masking, generator)
     num_masked = draw_num_masked(B, N, masking, generator)
-    mask = draw_mask(num_masked, T, T - N, generator)
+    mask = draw_mask(num_masked, T, T - N, generator, masking.mask_positions)
     return ask(x_0, mask, weigh(num_masked, N, masking), mask_id, masking)
 
 

@@ -1,6 +1,7 @@
 """The network: a transformer that reads the whole text at once, in both directions.
 
-    tokens (B,T) -> embedding -> n_layer x [attention, MLP] -> RMSNorm -> head -> logits (B,T,V)
+    tokens (B,T) -> embedding, with a bit of both neighbours'
+                 -> n_layer x [attention, MLP] -> RMSNorm -> head -> logits (B,T,V)
 
 It differs from GPT in one word, `causal`: a token attends to all others, not only to earlier ones.
 `causal=True` puts GPT's mask back, which makes this file also the autoregressive twin that every
@@ -120,6 +121,8 @@ class Transformer(nn.Module):
         # Matrix units like multiples of 64 rows; those beyond the mask token are never used.
         rows = math.ceil((config.vocab_size + 1) / 64) * 64
         self.embedding = nn.Embedding(rows, config.n_embd)
+        # How much a token takes over from the one before it and the one after it, by channel.
+        self.neighbours = nn.Parameter(torch.zeros(2, config.n_embd))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         rotary = rotary_table(config.context_length, config.n_embd // config.n_head)
         self.register_buffer("rotary", rotary, persistent=False)
@@ -134,6 +137,15 @@ class Transformer(nn.Module):
             for matrix in (block.attention.proj, block.down):
                 nn.init.zeros_(matrix.weight)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B,T) -> (B,T,C): what a token is, and a bit of what stands beside it."""
+        # A hidden token depends most on its neighbours. Attention needs a quarter of a short run to
+        # find out where they are, so they are shown to it (compare Primer, arXiv:2109.08668).
+        x = norm(self.embedding(tokens))  # (B,T,C)
+        before, after = self.neighbours  # (C,) each
+        mixed = x + before * F.pad(x[:, :-1], (0, 0, 1, 0))
+        return mixed if self.config.causal else mixed + after * F.pad(x[:, 1:], (0, 0, 0, 1))
+
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits of the V real tokens, at every position or only at some.
 
@@ -147,7 +159,7 @@ class Transformer(nn.Module):
                              f"{self.config.context_length}")
         *blocks, last = self.blocks
         rotary = self.rotary[:, :T]
-        x = norm(self.embedding(tokens))  # (B,T,C)
+        x = self.embed(tokens)  # (B,T,C)
         if torch.is_autocast_enabled(x.device.type):  # blocks hand on bfloat16, half the bytes
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in blocks:
@@ -158,5 +170,5 @@ class Transformer(nn.Module):
 
 
 def optimizer_groups(model: Transformer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices, tables): the 2-D weights of the blocks, for Muon; the embedding, for AdamW."""
-    return list(model.blocks.parameters()), [model.embedding.weight]
+    """(matrices, tables): the weights of the blocks, for Muon; all others, for AdamW."""
+    return list(model.blocks.parameters()), [model.embedding.weight, model.neighbours]

@@ -1,6 +1,6 @@
 """Write with a trained model: python sample.py --checkpoint out/quickstart --prefix "The state of"
 
-    free text       python sample.py --length 200
+    free text       python sample.py --num-samples 4
     continuation    python sample.py --prefix "Fellow citizens" --length 200
     infilling       python sample.py --text "The [MASK:20] of the Union"
     measuring       python sample.py --score FILE
@@ -28,7 +28,7 @@ import torch
 from torch import Generator, Tensor
 
 import diffusion
-from diffusion import SCHEDULES, Model, hidden_counts, hidden_fractions, shift_right
+from diffusion import SCHEDULES, Model, bit_reversal, hidden_counts, hidden_fractions, shift_right
 from model import Transformer
 from plumbing.adjust import Adjust, ban, chain, penalize_repetition
 from plumbing.checkpoint import CheckpointError, load_checkpoint
@@ -51,11 +51,18 @@ def left_to_right(hidden: Tensor, generator: Generator | None) -> Tensor:
     return -positions.float().expand(hidden.shape)
 
 
+def spread(hidden: Tensor, generator: Generator | None) -> Tensor:
+    """0, 128, 64, 192, 32, ...: what is drawn in one step stands far apart, where tokens hardly
+    depend on each other."""
+    return -bit_reversal(hidden.size(1)).float().expand(hidden.shape).to(hidden.device)
+
+
 # Orders known before the network is called: what is still hidden (B,T) -> score (B,T), the highest
 # go first. The head then runs once per token in all, at the positions about to be committed.
 # To add one, write a function like those above and name it here.
 FIXED_ORDERS: dict[str, Callable[[Tensor, Generator | None], Tensor]] = {
     "random": random_order,
+    "spread": spread,
     "left_to_right": left_to_right,
     "ancestral": random_order,  # with a random number of tokens per step: see `share_out`
 }
@@ -129,6 +136,11 @@ class Sampler:
 class Command(Sampler):
     """All flags of sample.py: how to denoise, then what to write and how to show it."""
 
+    # What reads best, see docs/sampling.md. The sampler whose law the bound speaks of is --exact.
+    steps: int = knob(16, "model calls, fewer is faster", low=1)
+    order: str = knob("spread", "which are committed next", tuple(ORDERS))
+    temperature: float = knob(0.7, "below 1 safer, above 1 wilder, 0 greedy", low=0)
+    exact: bool = knob(False, "random order, a call per token, temperature 1")
     checkpoint: str = knob("out/quickstart", "folder that train.py wrote")
     prefix: str | None = knob(None, "text to continue")
     text: str | None = knob(None, 'text with holes to fill: "The [MASK:20] of the Union"')
@@ -150,6 +162,8 @@ class Command(Sampler):
         f"{self.prefix}{self.text}{self.ban}".encode()  # a ValueError if that isn't Unicode
         if self.text is not None and (self.prefix is not None or self.length is not None):
             raise ValueError("--text says what is given and hidden: drop --prefix and --length")
+        if self.exact and (self.steps, self.order, self.temperature) != (16, "spread", 0.7):
+            raise ValueError("--exact says the order, steps and temperature: drop those flags")
         if self.schedule == "optimal" and self.block_length:
             raise ValueError("--schedule optimal is for whole texts: drop --block-length")
         if self.jsonl and not Path(self.jsonl).parent.is_dir():
@@ -159,6 +173,8 @@ class Command(Sampler):
         options = {field.name: getattr(self, field.name) for field in fields(Sampler)}
         short = {"greedy": {"temperature": 0.0}, "topk": {"top_k": self.top_k or 50},
                  "nucleus": {"top_p": self.top_p or 0.9}}
+        if self.exact:
+            options |= {"steps": None, "order": "random", "temperature": 1.0}
         return options | short.get(self.sampling, {})
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from diffusion import MASK_RATIOS, OBJECTIVES, WEIGHTINGS, Masking
+from diffusion import MASK_POSITIONS, MASK_RATIOS, OBJECTIVES, WEIGHTINGS, Masking
 from diffusion import ask, draw_mask, draw_num_maskable, draw_num_masked, weigh
 from diffusion import evaluate, keyed_generator, loss
 from model import ModelConfig, Transformer, optimizer_groups
@@ -52,6 +52,7 @@ class TrainConfig:
     # what is hidden from it, and how its errors count: see diffusion.Masking
     objective: str = knob("diffusion", "diffusion, mlm (BERT) or autoregressive (GPT)", OBJECTIVES)
     mask_ratio: str = knob("bell", "distribution of the mask ratio", tuple(MASK_RATIOS))
+    mask_positions: str = knob("random", "which positions are hidden", MASK_POSITIONS)
     weighting: str = knob("token", "how hidden tokens are weighted", WEIGHTINGS)
     mask_levels: int = knob(0, "0: any number of hidden tokens; 10: only tenths of the row", low=0)
     mlm_ratio: float = knob(0.15, "the mask ratio of the mlm objective", low=0, high=1)
@@ -110,7 +111,7 @@ def train(cfg: TrainConfig) -> int:
     val_file = TokenFile(cfg.data_dir, "val")
     for file in (train_file, val_file):
         file.spread(1, cfg.context_length)  # refuse one too short before anything is written
-    model = build_model(cfg, train_file.vocab_size).to(machine.device)
+    model = build_model(cfg, train_file).to(machine.device)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)  # what is evaluated and saved
     run = Run(model, ema_model, build_optimizers(cfg, model, machine.dtype))
     folder = RunFolder(cfg, train_file.tokenizer, machine.master)  # log, checkpoints
@@ -142,7 +143,7 @@ def loop(cfg: TrainConfig, machine: Machine, train_file: TokenFile, val_file: To
         generator = keyed_generator(cfg.seed, run.step, "mask")
         N = draw_num_maskable(T, masking, generator)  # T, less the prefix if there is one
         num_masked = draw_num_masked(B, N, masking, generator)  # (B,) how many tokens to hide
-        mask = draw_mask(num_masked, T, T - N, generator)  # (B,T) which
+        mask = draw_mask(num_masked, T, T - N, generator, cfg.mask_positions)  # (B,T) which
         weights = weigh(num_masked, N, masking)  # (B,) of each hidden token in the loss
 
         # Predict them in my rows. The losses and gradients of micro-batches add up.
@@ -195,16 +196,19 @@ def average(ema_model: nn.Module, model: nn.Module, decay: float, step: int) -> 
     torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
 
 
-def build_model(cfg: TrainConfig, vocab_size: int) -> Transformer:
+def build_model(cfg: TrainConfig, train_file: TokenFile) -> Transformer:
     """The network with random weights, or with those of `init_from`."""
     torch.manual_seed(cfg.seed)
-    config = cfg.network(vocab_size)
+    config = cfg.network(train_file.vocab_size)
     model = Transformer(config)
     if cfg.init_from:
-        pretrained, _ = load_checkpoint(cfg.init_from)
+        pretrained, info = load_checkpoint(cfg.init_from)
         # Only the context may differ: rotary embeddings have no weights that depend on it.
         if dataclasses.replace(pretrained.config, context_length=config.context_length) != config:
             raise ConfigError(f"{cfg.init_from} is a {pretrained.config}, not a {config}")
+        if info["tokenizer"] != train_file.tokenizer:  # its tokens would mean something else
+            raise ConfigError(f"{cfg.init_from} has the vocabulary {info['tokenizer']}, "
+                              f"{cfg.data_dir} {train_file.tokenizer}")
         model.load_state_dict(pretrained.state_dict())
     return model
 

@@ -55,6 +55,7 @@ class CachedTwin(nn.Module):
         self.model = model
         shape = (B, config.n_head, config.context_length, config.n_embd // config.n_head)
         empty = model.embedding.weight.new_zeros(shape)  # (B,H,T,D)
+        self.register_buffer("before", empty.new_zeros(B, 1, config.n_embd))  # the last embedding
         for layer in range(config.n_layer):
             self.register_buffer(f"keys{layer}", empty.clone())
             self.register_buffer(f"values{layer}", empty.clone())
@@ -70,6 +71,9 @@ class CachedTwin(nn.Module):
         T = model.config.context_length
         visible = torch.arange(T, device=at.device) <= at[:, None]  # (n,T)
         x = norm(model.embedding(tokens))  # (B,n,C)
+        before = torch.cat([self.before, x[:, :-1]], dim=1)
+        self.before.copy_(x[:, -1:])
+        x = x + model.neighbours[0] * before
         for layer, block in enumerate(model.blocks):
             q, k, v = block.attention.qkv(norm(x)).view(B, n, 3 * H, -1).chunk(3, dim=2)
             rotary = model.rotary[:, at]
@@ -94,6 +98,7 @@ def write_cached(twin: CachedTwin, x: Tensor, temperature: float = 1.0,
     given = int((x != mask_id).sum(1).min())
     tokens = shift_right(x, mask_id)
     positions = torch.arange(x.size(1), device=x.device)
+    twin.before.zero_()
     # Not twin(...), which may be compiled: for one token at a time, not for so many.
     logits = twin.forward(tokens[:, : given + 1], positions[: given + 1])
     for t in range(given, x.size(1)):

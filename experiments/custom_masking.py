@@ -2,8 +2,8 @@
 
 A distribution of the training mask ratio is one line, its cumulative distribution function (CDF) on
 [0,1]. CUSTOM below has two of our own, and nothing in the core is edited: with those lines added to
-its table, train.py is `python -m experiments.custom_masking train configs/quickstart.toml
---mask-ratio high ...`. Each distribution trains a model of the quickstart's shape, on the same text
+its table, train.py is `python -m experiments.custom_masking train configs/bytes.toml
+--mask-ratio high ...`. Each distribution trains a model of the byte model's shape, on the same text
 for as many steps:
 
     hidden     mean mask ratio in training
@@ -116,7 +116,7 @@ def main(arguments: list[str]) -> None:
     add("--ratios", nargs="+", default=["bell", *(name for name in ALL if name != "bell")],
         choices=ALL, metavar="NAME",
         help=f"of {', '.join(ALL)}; the first is compared with (default: all, bell first)")
-    add("--config", default="configs/quickstart.toml", help="(default: the quickstart's)")
+    add("--config", default="configs/bytes.toml", help="(default: the byte model's)")
     add("--steps", type=count, default=200, help="of training, each (default: 200)")
     add("--rows", type=several, default=512, help="windows of validation text (default: 512)")
     args = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
 """Does it learn a language of your own? python -m experiments.domain
 
 The corpus of one's own is here the Python source that every machine with Python has: the standard
-library, prepared by prepare_data.py as any files would be. Two models of the quickstart's shape
-train on it for as many steps: from scratch, and from the quickstart's weights (--init-from), which
+library, prepared by prepare_data.py as any files would be. Two models of the byte model's shape
+train on it for as many steps: from scratch, and from the byte model's weights (--init-from), which
 know English only.
 
 The loss says how well. What a user wants to know is whether the output *works*, so a domain needs a
@@ -53,10 +53,10 @@ SAMPLERS = {
     "random, temperature 1": dict(order="random", temperature=1.0),
     "random, temperature 0.7": dict(order="random", temperature=0.7),
     "random, temperature 0.5": dict(order="random", temperature=0.5),
-    "the quickstart's": dict(order="confidence", gumbel=1.0, remask="renoise", temperature=0.5),
+    "the byte model's": dict(order="confidence", gumbel=1.0, remask="renoise", temperature=0.5),
     "margin + renoise, 0.5": dict(order="margin", remask="renoise", temperature=0.5),
 }
-SHORT = ("random, temperature 1", "the quickstart's")  # for the other model
+SHORT = ("random, temperature 1", "the byte model's")  # for the other model
 CHANCE = ("real text", "its lines shuffled", "bytes by frequency", "its bytes shuffled")
 HOLE = 8  # bytes
 
@@ -293,7 +293,7 @@ def main(arguments: list[str]) -> None:
     parser.set_defaults(data_dir=str(OUT / "python-source"))
     add("--source", type=Path, default=Path(sysconfig.get_paths()["stdlib"]),
         help="folder of Python files")
-    add("--config", default="configs/quickstart.toml", help="(default: the quickstart's)")
+    add("--config", default="configs/bytes.toml", help="(default: the byte model's)")
     add("--steps", type=count, default=400, help="of training, each (default: 400)")
     add("--num-samples", type=count, default=32, help="texts of each sampler (default: 32)")
     add("--sampling-steps", type=count, default=64, help="to write them in (default: 64)")

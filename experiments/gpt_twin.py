@@ -1,7 +1,7 @@
 """What does seeing both sides cost, and what does it buy? python -m experiments.gpt_twin
 
 Diffusion against GPT: the same network, data, tokens and optimizer, but one attention mask and one
-objective. The twin is out/quickstart-ar; if there is none it is trained first, in three minutes.
+objective. The twin is out/bytes-ar; if there is none it is trained first, in three minutes.
 
 1. What a text costs, in nats per byte. The twin's price is exact: -log p(x_t | x_<t), summed. The
    diffusion model predicts any positions from any others, so it has an exact price for each order
@@ -42,7 +42,7 @@ from plumbing.machine import choose_dtype
 from prepare_data import TokenFile, get_tokenizer
 from sample import denoise, generate, largest, left_to_right_model
 
-TWIN = Path("out/quickstart-ar")  # trained if it is not there
+TWIN = Path("out/bytes-ar")  # trained if it is not there
 HOLES = (4, 8, 16)  # bytes; and whole words
 # (B,T) -> score (B,T): the position of the largest score is written first.
 ORDERS: dict[str, Callable[[int, int], Tensor]] = {

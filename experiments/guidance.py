@@ -1,4 +1,4 @@
-"""Can one steer what is written? python -m experiments.guidance --checkpoint out/quickstart
+"""Can one steer what is written? python -m experiments.guidance --checkpoint out/bytes
 
 Two uses of the `adjust` hook of sample.denoise:
 

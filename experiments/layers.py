@@ -1,4 +1,4 @@
-"""What does each layer know? python -m experiments.layers --checkpoint out/quickstart
+"""What does each layer know? python -m experiments.layers --checkpoint out/bytes
 
 Every block of the network adds to one running sum, and the head turns the sum after the last block
 into logits. The *logit lens* applies the head earlier: to the embedding, and after each block.
@@ -40,7 +40,7 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 def states(model: Transformer, tokens: Tensor) -> list[Tensor]:
     """The running sum, (B,T,C), as it enters each block, and as it leaves the last one."""
     rotary = model.rotary[:, : tokens.size(1)]
-    x = norm(model.embedding(tokens))
+    x = model.embed(tokens)
     found = [x]
     for block in model.blocks:
         x = block(x, rotary)

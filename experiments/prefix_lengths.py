@@ -2,7 +2,7 @@
 
 A prompt is text at the beginning that is never hidden. Training may do the same (prefix_length and
 prefix_length_max of train.py): the first tokens of a row are then always visible, and the loss is
-that of the rest. Four models of the quickstart's shape are trained on the same text:
+that of the rest. Four models of the byte model's shape are trained on the same text:
 
     none      any position may be hidden, the default
     fixed     the first 32 tokens of a row of 256 are never hidden
@@ -113,7 +113,7 @@ def conclude(terms: dict[str, Terms]) -> str:
 def main(arguments: list[str]) -> None:
     parser = flags("prefix_lengths", __doc__, checkpoint=False)
     add = parser.add_argument
-    add("--config", default="configs/quickstart.toml", help="(default: the quickstart's)")
+    add("--config", default="configs/bytes.toml", help="(default: the byte model's)")
     add("--steps", type=count, default=200, help="of training (default: 200)")
     add("--fixed", type=count, default=32, help="the fixed prefix, tokens (default: 32)")
     add("--longest", type=count, default=128, help="the longest drawn prefix (default: 128)")

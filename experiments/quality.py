@@ -2,9 +2,9 @@
 
     python -m experiments.quality time-to-loss configs/shakespeare.toml --minutes 20 --our-minutes 4
         minutes until train.py's validation NELBO is where the plain recipe (lab/plain.py) ends
-    python -m experiments.quality twin out/quickstart out/quickstart-ar
+    python -m experiments.quality twin out/bytes out/bytes-ar
         a run's NELBO beside its autoregressive twin's exact NLL, at equal tokens and at equal time
-    python -m experiments.quality frontier --checkpoint out/quickstart --judge out/quickstart-ar
+    python -m experiments.quality frontier --checkpoint out/bytes --judge out/bytes-ar
         likelihood under the twin against entropy of what is written, by steps and temperature
 
 Time is time spent training: compiling counts; starting, measuring and saving do not.
@@ -276,9 +276,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for_twin.add_argument("twin", type=Path, help="folder of its autoregressive twin's run")
     for_frontier = commands.add_parser("frontier", **look)
     add = for_frontier.add_argument
-    add("--checkpoint", type=Path, default=Path("out/quickstart"), help="who writes")
-    add("--judge", type=Path, default=Path("out/quickstart-ar"), help="its autoregressive twin")
-    add("--data-dir", type=Path, default=Path("data/sotu"), help="what both have read")
+    add("--checkpoint", type=Path, default=Path("out/bytes"), help="who writes")
+    add("--judge", type=Path, default=Path("out/bytes-ar"), help="its autoregressive twin")
+    add("--data-dir", type=Path, default=Path("data/sotu-bytes"), help="what both have read")
     add("--num-samples", type=int, default=16, help="texts of each row")
     add("--steps", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="model calls")
     add("--temperatures", type=float, nargs="+", default=[0.5, 0.7, 0.85, 1.0], help="of the draws")

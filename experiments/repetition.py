@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
     add = parser.add_argument
     add("--tokens", type=count, default=32768, help="of the corpus (default: 32768)")
     add("--steps", type=count, default=800, help="of each run (default: 800)")
-    add("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
+    add("--config", default="configs/bytes.toml", help="(default: %(default)s)")
     args = parser.parse_args(arguments)
     corpus = small_corpus(args.data_dir, args.tokens, OUT / "repetition-data")
     tokens = TokenFile(corpus, "train").num_tokens

@@ -422,7 +422,7 @@ def pretrained(args: argparse.Namespace, device: torch.device) -> Path:
 
 
 def write(model: Roberta, encoding: tiktoken.Encoding, length: int) -> str:
-    """A text from nothing, by the sampler that writes the quickstart's."""
+    """A text from nothing, by the sampler that writes the byte model's."""
     x = torch.full((1, length), model.mask_id, device=model.head_bias.device)
     with autocast(x.device.type):
         tokens = generate(model, x, model.mask_id, Generator().manual_seed(1), steps=64,

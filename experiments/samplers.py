@@ -2,7 +2,7 @@
 
 The judge is the autoregressive twin, trained on the same text:
 
-    python train.py configs/quickstart.toml --objective autoregressive --out-dir out/quickstart-ar
+    python train.py configs/bytes.toml --objective autoregressive --out-dir out/bytes-ar
 
 A row of the table for every order, remasking and temperature; lab/judge.py explains the columns.
 Draws the frontier of likelihood against entropy, and ends with the setting nearest to real text.

@@ -114,7 +114,7 @@ def satisfies(row: Tensor, x: Tensor, form: Form, mask_id: int) -> bool:
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="experiments.structured", description=__doc__.split("\n\n")[2])
     add = parser.add_argument
-    add("--checkpoint", default="out/quickstart")
+    add("--checkpoint", default="out/bytes")
     add("--template", default="On the [digits:2]th of [word:January|May|July|September] 1[digits:3]"
         " the [word:Congress|Senate|people] [MASK:60].")
     add("--num-samples", type=count, default=5)

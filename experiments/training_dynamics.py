@@ -2,7 +2,7 @@
 
 Trains one good run and three bad ones, each bad in one way, and reads their logs:
 
-    good      the quickstart's settings, cut short
+    good      the byte model's settings, cut short
     too hot   learning rates 30 times as high, gradients not clipped
     starved   4 KB of text
     leak      a collator bug: the positions to hide are chosen, but the network sees the clean text
@@ -206,7 +206,7 @@ def sentence(runs: dict[str, dict], by_level: dict[float, list[float]]) -> str:
 def main(arguments: list[str]) -> None:
     parser = flags("training_dynamics", __doc__)
     add = parser.add_argument
-    add("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
+    add("--config", default="configs/bytes.toml", help="(default: %(default)s)")
     for flag, default, help in (("--steps", 200, "of the good run"),
                                 ("--rows", 96, "to evaluate on"),
                                 ("--starved-tokens", 4096, "of the small corpus"),

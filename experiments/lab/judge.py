@@ -29,6 +29,7 @@ from sample import State, denoise
 
 ORDER_OPTIONS = {  # by the name in tables and pictures
     "random": dict(order="random"),
+    "spread": dict(order="spread"),
     "left_to_right": dict(order="left_to_right"),
     "ancestral": dict(order="ancestral"),
     "confidence": dict(order="confidence"),
@@ -59,7 +60,7 @@ def load_twins(checkpoint: str | Path, judge: str | Path, data_dir: str | Path) 
     if not (Path(judge) / "model.safetensors").exists():
         raise CheckpointError(
             f"{judge}/model.safetensors does not exist; train the judge: python train.py "
-            f"configs/quickstart.toml --objective autoregressive --out-dir {judge}")
+            f"configs/bytes.toml --objective autoregressive --out-dir {judge}")
     twin, twin_info = load_checkpoint(judge)
     found = (twin.config.causal, twin.config.context_length, twin_info["tokenizer"])
     if found != (True, model.config.context_length, info["tokenizer"]):

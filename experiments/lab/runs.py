@@ -34,7 +34,7 @@ OUT = Path("out/experiments")
 # --- Training -------------------------------------------------------------------------------------
 
 
-def trained(name: str, *settings: str, config: str = "configs/quickstart.toml",
+def trained(name: str, *settings: str, config: str = "configs/bytes.toml",
             program: tuple[str | Path, ...] = (TRAIN,), out: Path = OUT) -> Path:
     """The folder of a finished run of train.py: found in out/experiments/NAME, continued, or new.
 

@@ -36,7 +36,7 @@ def networks(tmp_path_factory) -> Path:
         model = Transformer(ModelConfig(257, causal=name == "twin", **SHAPE))
         for parameter in model.parameters():  # blocks are born as the identity
             torch.nn.init.normal_(parameter, std=0.3)
-        config = train.TrainConfig(objective=objective, data_dir="data/sotu", **SHAPE)
+        config = train.TrainConfig(objective=objective, data_dir="data/sotu-bytes", **SHAPE)
         info = {"model": dataclasses.asdict(model.config), "config": dataclasses.asdict(config),
                 "tokenizer": "byte", "step": 1, "evaluation": None}
         (folder / name).mkdir()
@@ -46,13 +46,13 @@ def networks(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, data, networks) -> Path:
-    """The folder to work in, with data/sotu/, run/, twin/, configs/ and tiny.toml."""
+    """The folder to work in, with data/sotu-bytes/, run/, twin/, configs/ and tiny.toml."""
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
-    for name, target in (("data/sotu", data), ("configs", ROOT / "configs"),
+    for name, target in (("data/sotu-bytes", data), ("configs", ROOT / "configs"),
                          ("run", networks / "run"), ("twin", networks / "twin")):
         Path(name).symlink_to(target)
-    Path("tiny.toml").write_text(TINY + 'data_dir = "data/sotu"\n')
+    Path("tiny.toml").write_text(TINY + 'data_dir = "data/sotu-bytes"\n')
     return tmp_path
 
 

@@ -96,7 +96,7 @@ def test_numbers_that_one_can_count():
 
 @pytest.mark.parametrize("p, calls", [(0.99, 1), (0.5, 4)])
 def test_a_confident_model_needs_one_call_and_another_as_many_as_tokens(workplace, p, calls):
-    twins = judge.load_twins("run", "twin", "data/sotu")
+    twins = judge.load_twins("run", "twin", "data/sotu-bytes")
     x = masked(2, 4, MASK)
     logits = torch.full((4, MASK), math.log((1 - p) / 256))
     logits[:, 7] = math.log(p)

@@ -257,7 +257,7 @@ def test_a_missing_twin_is_trained_first(workplace, monkeypatch):
         gpt_twin.main(["--checkpoint", "run"])
     words = list(map(str, commands[0]))
     assert words[words.index("--objective") + 1] == "autoregressive"
-    assert words[words.index("--out-dir") + 1] == "out/quickstart-ar"
+    assert words[words.index("--out-dir") + 1] == "out/bytes-ar"
 
 
 @pytest.mark.slow

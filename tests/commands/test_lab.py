@@ -15,7 +15,7 @@ from prepare_data import TokenFile, get_tokenizer, write_dataset
 
 @pytest.fixture
 def twins(workplace) -> judge.Twins:
-    return judge.load_twins("run", "twin", "data/sotu")
+    return judge.load_twins("run", "twin", "data/sotu-bytes")
 
 
 def test_the_judge_says_what_is_computed_by_hand(twins):

@@ -171,10 +171,10 @@ def test_time_to_loss_says_when_train_py_is_where_the_plain_recipe_ends(workplac
     assert [line[:2] for line in marked] == [["ours", str(reached["step"])]]
     assert runs.read_run(Path("ours")).points[-1].nats == ours[-1]["nats"]
     # What the plain recipe has is measured on the windows and masks of train.py.
-    x_0 = torch.from_numpy(TokenFile("data/sotu", "val").spread(8, 32))
+    x_0 = torch.from_numpy(TokenFile("data/sotu-bytes", "val").spread(8, 32))
     torch.manual_seed(1)
     model = plain.PlainTransformer(ModelConfig(257, 32, n_layer=2, n_head=2, n_embd=32))
-    steps = plain.train_plainly(model, TokenFile("data/sotu", "train"), 8, seed=1)
+    steps = plain.train_plainly(model, TokenFile("data/sotu-bytes", "train"), 8, seed=1)
     next(itertools.islice(steps, goal["step"] - 1, None))
     assert nelbo(model, x_0, 257).nats == pytest.approx(goal["nats"], abs=1e-4)
 
@@ -240,7 +240,7 @@ def test_the_frontier_has_a_row_for_each_number_of_steps_and_temperature(workpla
 
 def test_words_are_known_from_the_training_text(workplace, capsys):
     Path("written.txt").write_text("The lazy dog qzx'd the FOX.")
-    assert words.main(["data/sotu", "written.txt"]) == 0
+    assert words.main(["data/sotu-bytes", "written.txt"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["written"] == {"share": 5 / 7, "words": 7}
     assert result["shuffled"]["share"] < 0.5 < 0.9 < result["validation"]["share"]

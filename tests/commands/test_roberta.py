@@ -301,10 +301,10 @@ SMALL = "--steps=4 --rows=2 --length=16 --eval-rows=8 "
 @pytest.fixture
 def texts(workplace) -> Path:
     """A corpus of these texts, in place of the tiny one."""
-    Path("data/sotu").unlink()
+    Path("data/sotu-bytes").unlink()
     documents = [(split, [text]) for split in ("train", "val") for text in TEXTS]
-    write_dataset(iter(documents), "byte", Path("data/sotu"), "a test")
-    return Path("data/sotu")
+    write_dataset(iter(documents), "byte", Path("data/sotu-bytes"), "a test")
+    return Path("data/sotu-bytes")
 
 
 def test_documents_are_joined_by_empty_lines(texts, ours):

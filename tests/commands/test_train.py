@@ -231,6 +231,7 @@ def desk(data, tmp_path_factory) -> Path:
     ("--resume", "out/state.safetensors does not exist"),
     ("--init-from nowhere", "nowhere/model.safetensors does not exist"),
     ("--init-from begun --n-embd 64", "not a ModelConfig"),
+    ("--init-from begun --data-dir words", "begun has the vocabulary byte, words words"),
     ("--out-dir begun", "begun holds a run: continue it with --resume, or choose another"),
     ("--out-dir begun --resume --learning-rate 0.5",
      "cannot resume with learning_rate 0.5: the run has 0.01"),

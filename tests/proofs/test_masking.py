@@ -34,7 +34,8 @@ def middle(t: Tensor) -> Tensor:
     return ((t - 0.2) / 0.6).clamp(0, 1)
 
 
-CDF = {"uniform": lambda t: t, "bell": lambda t: 3 * t**2 - 2 * t**3, square: square}
+CDF = {"uniform": lambda t: t, "bell": lambda t: 3 * t**2 - 2 * t**3,
+       "narrow": lambda t: 10 * t**3 - 15 * t**4 + 6 * t**5, square: square}
 
 
 # --- How many tokens are hidden -------------------------------------------------------------------
@@ -81,6 +82,21 @@ def test_every_subset_after_the_prefix_is_equally_likely(T, prefix_length, m):
     assert chi_square_p(observed, torch.ones(len(observed))) > 1e-4
 
 
+@pytest.mark.parametrize("T, prefix_length", [(8, 0), (10, 3), (16, 0), (6, 5)])
+def test_spread_masks_are_what_the_order_spread_has_left_from_any_start(T, prefix_length):
+    N = T - prefix_length
+    rank = [int(f"{t:0{max(1, (N - 1).bit_length())}b}"[::-1], 2) for t in range(N)]
+    last = sorted(range(N), key=rank.__getitem__, reverse=True)
+    for m in range(1, N + 1):
+        rotations = {tuple(sorted((t - start) % N + prefix_length for t in last[:m]))
+                     for start in range(N)}
+        mask = draw_mask(torch.full((4000,), m), T, prefix_length, seeded(m), "spread")
+        found = {tuple(row.nonzero().flatten().tolist()) for row in mask}
+        assert found == rotations
+        often = mask[:, prefix_length:].float().mean(0)  # all positions alike
+        assert (often - m / N).abs().max() < 0.04  # five standard errors
+
+
 @pytest.mark.parametrize("shortest, longest", [(1, 4), (0, 5)])
 def test_a_drawn_prefix_has_every_length_of_its_range_equally_often(shortest, longest):
     # Ten rows are five strata of at most six tokens: some row hides all that may be hidden, so the
@@ -100,7 +116,8 @@ def test_a_drawn_prefix_has_every_length_of_its_range_equally_often(shortest, lo
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.builds(Masking, objective=st.sampled_from(["diffusion", "diffusion", "mlm"]),
-                 mask_ratio=st.sampled_from(["uniform", "bell", square]),
+                 mask_ratio=st.sampled_from(["uniform", "bell", "narrow", square]),
+                 mask_positions=st.sampled_from(["random", "spread"]),
                  weighting=st.sampled_from(["nelbo", "token"]),
                  mask_levels=st.sampled_from([0, 0, 3, 10]),
                  mlm_ratio=st.sampled_from([0.01, 0.15, 1.0]),

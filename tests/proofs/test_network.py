@@ -106,7 +106,13 @@ def test_the_network_is_its_recipe_written_out(causal):
         return torch.cat([turned.real, turned.imag], -1)
 
     visible = torch.ones(T, T).tril().bool() if causal else torch.ones(T, T).bool()
-    x = rms(net.embedding.weight[tokens])
+    alone = rms(net.embedding.weight[tokens])
+    x = alone.clone()
+    for t in range(T):
+        if t > 0:
+            x[:, t] += net.neighbours[0] * alone[:, t - 1]
+        if t + 1 < T and not causal:
+            x[:, t] += net.neighbours[1] * alone[:, t + 1]
     for block in net.blocks:
         qkv = (rms(x) @ block.attention.qkv.weight.T).view(B, T, 3, H, D)
         heads = []
@@ -203,10 +209,11 @@ def test_a_shape_that_makes_no_sense_is_refused_by_name(changes, named):
 @pytest.mark.parametrize("V, rows", [(2, 64), (63, 64), (64, 128), (257, 320)])
 def test_number_of_parameters_is_the_closed_formula(V, rows):
     # A block: 3C*C for queries, keys and values, C*C for their projection, 4C*C up and 4C*C down.
-    # One table: V+1 embeddings of C channels, rows rounded up to a multiple of 64.
+    # One table: V+1 embeddings of C channels, rows rounded up to a multiple of 64. And C channels
+    # for each of the two neighbours.
     for L, C in [(1, 32), (3, 48)]:
         net = fresh(vocab_size=V, n_layer=L, n_embd=C)
-        assert count_parameters(net) == 12 * L * C**2 + rows * C
+        assert count_parameters(net) == 12 * L * C**2 + rows * C + 2 * C
 
 
 def test_flops_are_six_per_weight_used_plus_attention():

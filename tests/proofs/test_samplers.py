@@ -582,6 +582,28 @@ def test_banning_everything_is_an_error_not_a_token(order, adjust):
             generate(EXACT, masked(2, T, V), V, seeded(0), order=order, adjust=adjust, **options)
 
 
+@pytest.mark.parametrize("T, expected", [
+    (1, [0]), (5, [0, 4, 2, 1, 3]), (8, [0, 4, 2, 6, 1, 5, 3, 7])])
+def test_spread_goes_by_the_bits_read_backwards(T, expected):
+    x = torch.full((2, T), V)
+    x[1, ::2] = 0  # given
+    written = [[], []]
+    states = denoise(Fixed(torch.zeros(T, V)), x, V, order="spread")
+    for before, after in itertools.pairwise(states):
+        for row, t in (before.tokens != after.tokens).nonzero().tolist():
+            written[row].append(t)
+    assert written == [expected, [t for t in expected if t % 2]]
+
+
+def test_tokens_of_one_step_stand_far_apart_in_order_spread():
+    before = torch.full((1, 256), V)
+    states = denoise(Fixed(torch.zeros(256, V)), before, V, order="spread", steps=16)
+    for state in itertools.islice(states, 1, None):
+        t = (state.tokens != before)[0].nonzero().squeeze(1)
+        assert len(t) == 16 and t.diff().unique().tolist() == [16]
+        before = state.tokens
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"order": "random"}, {"order": "confidence", "remask": "cap"},
