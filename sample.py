@@ -139,7 +139,7 @@ class Command(Sampler):
     # What reads best, see docs/sampling.md. The sampler whose law the bound speaks of is --exact.
     steps: int = knob(16, "model calls, fewer is faster", low=1)
     order: str = knob("spread", "which are committed next", tuple(ORDERS))
-    temperature: float = knob(0.7, "below 1 safer, above 1 wilder, 0 greedy", low=0)
+    temperature: float = knob(0.85, "below 1 safer, above 1 wilder, 0 greedy", low=0)
     exact: bool = knob(False, "random order, a call per token, temperature 1")
     checkpoint: str = knob("out/quickstart", "folder that train.py wrote")
     prefix: str | None = knob(None, "text to continue")
@@ -162,7 +162,7 @@ class Command(Sampler):
         f"{self.prefix}{self.text}{self.ban}".encode()  # a ValueError if that isn't Unicode
         if self.text is not None and (self.prefix is not None or self.length is not None):
             raise ValueError("--text says what is given and hidden: drop --prefix and --length")
-        if self.exact and (self.steps, self.order, self.temperature) != (16, "spread", 0.7):
+        if self.exact and (self.steps, self.order, self.temperature) != (16, "spread", 0.85):
             raise ValueError("--exact says the order, steps and temperature: drop those flags")
         if self.schedule == "optimal" and self.block_length:
             raise ValueError("--schedule optimal is for whole texts: drop --block-length")

@@ -165,6 +165,9 @@ def load_checkpoint(
             raise ValueError(f"{config.n_layer} layers are not in {len(tensors)} tensors")
         with torch.device("meta"):  # no memory for what the file claims, no time for random weights
             model = Transformer(config)
+        if "neighbours" not in tensors:  # the first networks had none, which is as if they were 0
+            width = tensors["embedding.weight"].size(1)
+            tensors["neighbours"] = torch.zeros(2, width)
         model.load_state_dict(tensors, assign=True)
         model.rotary = rotary_table(config.context_length, config.n_embd // config.n_head)
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:

@@ -159,9 +159,12 @@ class RunFolder:
         tensors, info = read_tensors(path)
         try:
             for name, value in dataclasses.asdict(self.cfg).items():
-                if name not in FREE and info["config"].get(name) != value:
+                if name not in FREE and name not in info["config"]:
+                    raise ConfigError(f"{path} was written by older code, which knew no {name}: "
+                                      "go on with that code, or start with --init-from")
+                if name not in FREE and info["config"][name] != value:
                     raise ConfigError(f"cannot resume with {name} {value!r}: the run has "
-                                      f"{info['config'].get(name)!r}")
+                                      f"{info['config'][name]!r}")
             network = dataclasses.asdict(run.model.config)
             if (info["model"], info["tokenizer"]) != (network, self.tokenizer):
                 raise ConfigError(f"cannot resume on {self.cfg.data_dir}: the run has another "

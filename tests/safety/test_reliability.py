@@ -424,3 +424,10 @@ def test_a_checkpoint_of_the_first_release_loads_for_ever(data, tmp_path):
     settings = {name: value for name, value in config.items() if value is not None}
     assert train.main([f"--{name}={value}" for name, value in settings.items()]) == 0
     assert read_tensors(tmp_path / "state.safetensors")[1]["step"] == 12
+
+
+def test_a_network_that_saw_no_neighbours_is_what_it_was(data):
+    model, info = load_checkpoint(ROOT / "tests/fixtures/before-neighbours")
+    x_0 = torch.from_numpy(TokenFile(data, "val").spread(8, 32))
+    bound = evaluate(model, x_0, model.config.mask_id, batch_size=8)
+    assert bound.nats == pytest.approx(info["evaluation"]["nats"], abs=1e-4)
