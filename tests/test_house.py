@@ -33,11 +33,11 @@ LIMITS = {
     "train.py": 270,
     "sample.py": 470,
     "prepare_data.py": 270,
-    "plumbing/": 1590,
+    "plumbing/": 1610,
     NANO: 160,
 }
 READING_PATH_LIMIT = 1610
-CORE_LIMIT = 3200
+CORE_LIMIT = 3215
 
 # Of ours, what a file may import: by its name, or by that of the folder it is in.
 MAY_IMPORT = {
