@@ -123,7 +123,7 @@ def test_the_whole_of_make_gpu_in_tiny_sizes(tmp_path, monkeypatch):
     rows = (tmp_path / "results.md").read_text()
     for problem in ("exit code", "stopped after", "no time", "left out", "failed"):
         assert problem not in rows, rows
-    assert " passed in " in rows
+    assert " passed" in rows
     assert rows.count("after 30 steps <= ") == 3
 
 
