@@ -1,4 +1,4 @@
-# make quickstart   install, fetch a corpus, train, write: 3 to 5 minutes on 2 CPU cores
+# make quickstart   install, fetch a corpus, train, write: 2 minutes on 2 CPU cores with bfloat16
 # make experiments  the learning guide's experiments: docs/guide.md
 # make twin         what they begin with: their packages, a model of bytes, and its twin GPT
 # make test         prove everything that is quick to prove

@@ -58,7 +58,7 @@ class Masking:
 
     objective: str = "diffusion"  # "mlm": a fixed ratio, as BERT; "autoregressive": GPT
     mask_ratio: str | Callable[[Tensor], Tensor] = "uniform"  # or "bell", or a CDF of your own
-    mask_positions: str = "random"  # which are hidden: any subset; "spread": some far apart
+    mask_positions: str = "random"  # any subset; "spread": evenly spaced ones
     weighting: str = "nelbo"  # of hidden tokens: the bound's; "token": all count alike
     mask_levels: int = 0  # 0: hide any number of tokens; 10: only tenths of the row
     mlm_ratio: float = 0.15  # the fixed ratio of "mlm"

@@ -25,11 +25,11 @@ from plumbing.machine import attention_written_out, fused_attention_is_slow
 class ModelConfig:
     """The shape of the network."""
 
-    vocab_size: int  # V, real tokens only: 257 for bytes + end-of-text, 50257 for GPT-2
+    vocab_size: int  # V, real tokens only: 8192 in the quickstart, 50257 for GPT-2
     context_length: int  # the longest T it can read: 256 on a laptop, 1024 for GPT-2
-    n_layer: int  # 4 on a laptop, 12 for GPT-2
+    n_layer: int  # 2 to 4 on a laptop, 12 for GPT-2
     n_head: int  # C/64 is a good default
-    n_embd: int  # C: 192 on a laptop, 768 for GPT-2
+    n_embd: int  # C: 256 on a laptop, 768 for GPT-2
     causal: bool = False  # True: attend to the left only, as GPT does
 
     def __post_init__(self):
@@ -160,7 +160,7 @@ class Transformer(nn.Module):
         *blocks, last = self.blocks
         rotary = self.rotary[:, :T]
         x = self.embed(tokens)  # (B,T,C)
-        if torch.is_autocast_enabled(x.device.type):  # blocks hand on bfloat16, half the bytes
+        if torch.is_autocast_enabled(x.device.type):  # blocks exchange bfloat16, half the bytes
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in blocks:
             x = block(x, rotary)

@@ -1,4 +1,4 @@
-"""From text to tokens: python prepare_data.py sotu --tokenizer byte --out-dir data/sotu
+"""From text to tokens: python prepare_data.py sotu --tokenizer bpe:8192 --out-dir data/sotu
 
 These files come out, under their final names only when they are complete:
 

@@ -2,7 +2,7 @@
 
     free text       python sample.py --num-samples 4
     continuation    python sample.py --prefix "Fellow citizens" --length 200
-    infilling       python sample.py --text "The [MASK:20] of the Union"
+    infilling       python sample.py --text "The[MASK:5] of the Union"
     measuring       python sample.py --score FILE
 
 All writing is one call of `denoise`, which fills what is hidden; the rest is given. The plain idea:
@@ -136,14 +136,14 @@ class Sampler:
 class Command(Sampler):
     """All flags of sample.py: how to denoise, then what to write and how to show it."""
 
-    # What reads best, see docs/sampling.md. The sampler whose law the bound speaks of is --exact.
-    steps: int = knob(16, "model calls, fewer is faster", low=1)
+    # What reads best, see docs/sampling.md. The sampler that the bound is about is --exact.
+    steps: int | None = knob(None, "model calls; none: 16, or with blocks one per token", low=1)
     order: str = knob("spread", "which are committed next", tuple(ORDERS))
     temperature: float = knob(0.85, "below 1 safer, above 1 wilder, 0 greedy", low=0)
     exact: bool = knob(False, "random order, a call per token, temperature 1")
     checkpoint: str = knob("out/quickstart", "folder that train.py wrote")
     prefix: str | None = knob(None, "text to continue")
-    text: str | None = knob(None, 'text with holes to fill: "The [MASK:20] of the Union"')
+    text: str | None = knob(None, 'text with holes to fill: "The[MASK:5] of the Union"')
     length: int | None = knob(None, "tokens to write; none: as many as the context holds", low=1)
     num_samples: int = knob(1, "texts to write", low=1)  # B: all are written at once
     sampling: str | None = knob(None, "short for --temperature 0, --top-k 50 or --top-p 0.9",
@@ -162,8 +162,10 @@ class Command(Sampler):
         f"{self.prefix}{self.text}{self.ban}".encode()  # a ValueError if that isn't Unicode
         if self.text is not None and (self.prefix is not None or self.length is not None):
             raise ValueError("--text says what is given and hidden: drop --prefix and --length")
-        if self.exact and (self.steps, self.order, self.temperature) != (16, "spread", 0.85):
-            raise ValueError("--exact says the order, steps and temperature: drop those flags")
+        how = {field.name for field in fields(Sampler)} | {"sampling", "repetition_penalty", "ban"}
+        for field in fields(self):
+            if self.exact and field.name in how and getattr(self, field.name) != field.default:
+                raise ValueError(f"--exact leaves no choice: drop --{field.name.replace('_', '-')}")
         if self.schedule == "optimal" and self.block_length:
             raise ValueError("--schedule optimal is for whole texts: drop --block-length")
         if self.jsonl and not Path(self.jsonl).parent.is_dir():
@@ -174,7 +176,9 @@ class Command(Sampler):
         short = {"greedy": {"temperature": 0.0}, "topk": {"top_k": self.top_k or 50},
                  "nucleus": {"top_p": self.top_p or 0.9}}
         if self.exact:
-            options |= {"steps": None, "order": "random", "temperature": 1.0}
+            options |= {"order": "random", "temperature": 1.0}
+        elif self.block_length is None:
+            options["steps"] = self.steps or 16
         return options | short.get(self.sampling, {})
 
 
@@ -404,7 +408,7 @@ def options_for(cmd: Command, info: dict, tokenizer: tiktoken.Encoding) -> dict:
             curve = diffusion.smooth(diffusion.Curve(**curve))
         except (ArithmeticError, AttributeError, LookupError, TypeError):
             raise ValueError("schedule optimal needs a checkpoint that was evaluated") from None
-        options["schedule"] = diffusion.optimal_schedule(curve, cmd.steps or curve.N)
+        options["schedule"] = diffusion.optimal_schedule(curve, options["steps"])
     return options
 
 

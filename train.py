@@ -7,7 +7,7 @@ torchrun --nproc_per_node=8 train.py configs/gpt2.toml
 
 Random draws depend on (seed, step) alone, and are made for the whole batch, of which each process
 takes its rows. So any number of processes trains the same model, and a resumed run is the one that
-was interrupted, bit for bit.
+was interrupted (on a CPU bit for bit; a GPU adds in an order that varies).
 """
 
 import copy
@@ -44,7 +44,7 @@ class TrainConfig:
     out_dir: str = knob("out/run", "checkpoint folder")
     resume: bool = knob(False, "continue the run in out_dir where it stopped")
     init_from: str = knob("", "checkpoint folder whose weights to start from (fine-tuning)")
-    # the network: 1.8 million parameters unless told otherwise; GPT-2 small is 12, 12, 768, 1024
+    # the network: 1.8 million parameters with bytes; GPT-2 small is 12, 12, 768, 1024
     n_layer: int = knob(4, "blocks", low=1)
     n_head: int = knob(3, "attention heads", low=1)  # n_embd/64 is a good default
     n_embd: int = knob(192, "channels", low=1)
@@ -176,8 +176,8 @@ def loop(cfg: TrainConfig, machine: Machine, train_file: TokenFile, val_file: To
         logging = run.step % cfg.log_interval == 0 or finished
         measuring = run.step % cfg.eval_interval == 0 or finished
         last = run.step == last_step
-        # If one process wants to stop, all do: they read the same numbers.
-        stopping = run.receive(0 if logging or measuring or last else machine.steps_late) or last
+        late = 0 if logging or measuring or last else machine.steps_late
+        stopping = run.receive(late) or last  # all processes read the same numbers
         if logging:
             report(cfg, machine, run, folder, len(batch.positions) / batch.inputs.numel())
         if machine.master and measuring:

@@ -9,8 +9,8 @@ In this order, the most important first:
     sampling      bench.sampling at GPT-2's shape, against the twin with its cache
     small models  configs/quickstart.toml and shakespeare.toml, to their end
 
-Each part is a process of its own: if it fails or takes too long, the others go on. No network is
-needed; data that isn't there is named, and what needs it is left out.
+Each part but the ceilings is a process of its own: if it fails or takes too long, the others go on.
+No network is needed; data that isn't there is named, and what needs it is left out.
 
 All output stays in out/gpu: results.json, and results.md with rows for bench/RESULTS.md. --smoke
 does the same in tiny sizes on any machine, in three minutes, to try this script.
@@ -20,6 +20,7 @@ import argparse
 import json
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -88,7 +89,7 @@ class Report:
 
 def json_line(stdout: str) -> dict:
     """The line of JSON with which every bench ends; {} if it didn't get so far."""
-    lines = [line for line in stdout.splitlines() if line.startswith("{")]
+    lines = [line for line in stdout.splitlines() if line[:1] + line[-1:] == "{}"]
     return json.loads(lines[-1]) if lines else {}
 
 
@@ -153,6 +154,7 @@ def train(report: Report, config: str, data_dir: str, flags: str, seconds: float
         report.add(f"python {what}", f"left out: no {data_dir}; the config's header says how to "
                    "make it")
         return
+    shutil.rmtree(out_dir, ignore_errors=True)  # an earlier run's
     watch = watch_gpu(OUT / f"{name}-utilization.txt")
     _, problem = report.run(name, f"{what} --out-dir {out_dir} --max-minutes {seconds / 60}",
                             seconds + 60)
@@ -199,7 +201,7 @@ def busy_fraction(process: subprocess.Popen, path: Path) -> float:
 def sampling(report: Report, smoke: bool) -> None:
     what = "-m bench.sampling --shape gpt2 --batch-sizes 1 16 --steps 16 64 256 --repeats 2"
     if smoke:
-        what = "-m bench.sampling --shape quickstart --batch-sizes 1 --steps 4 --repeats 1"
+        what = "-m bench.sampling --shape bytes --batch-sizes 1 --steps 4 --repeats 1"
     what += " --without 'gpt, uncached' straightforward 'straightforward, eager'"
     what += "" if smoke else " 'denoise, confidence'"  # they take their time to compile
     stdout, problem = report.run("sampling", what, seconds=180)

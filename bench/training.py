@@ -61,7 +61,8 @@ from plumbing.machine import (
 from plumbing.muon import Muon
 
 SHAPES = {  # ModelConfig, rows per step on a CPU, rows per step on a GPU
-    "quickstart": (ModelConfig(257, 256, n_layer=4, n_head=3, n_embd=192), 8, 256),
+    "bytes": (ModelConfig(257, 256, n_layer=4, n_head=3, n_embd=192), 8, 256),
+    "quickstart": (ModelConfig(8192, 256, n_layer=2, n_head=4, n_embd=256), 8, 256),
     "shakespeare": (ModelConfig(257, 256, n_layer=6, n_head=6, n_embd=384), 32, 256),
     "gpt2": (ModelConfig(50257, 1024, n_layer=12, n_head=12, n_embd=768), 2, 32),
 }

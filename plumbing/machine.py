@@ -105,7 +105,7 @@ def fetch(numbers: Tensor) -> Callable[[], list[float]]:
     arrived.record()
 
     def read() -> list[float]:
-        arrived.synchronize()  # with what was asked for before the copy, not with what came later
+        arrived.synchronize()  # for the work queued before the copy, not for later work
         return copy.tolist()
 
     return read

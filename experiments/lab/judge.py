@@ -59,8 +59,8 @@ def load_twins(checkpoint: str | Path, judge: str | Path, data_dir: str | Path) 
     model, info = load_checkpoint(checkpoint)
     if not (Path(judge) / "model.safetensors").exists():
         raise CheckpointError(
-            f"{judge}/model.safetensors does not exist; train the judge: python train.py "
-            f"configs/bytes.toml --objective autoregressive --out-dir {judge}")
+            f"{judge}/model.safetensors does not exist; train the judge with the settings of "
+            f"{checkpoint}: python train.py CONFIG --objective autoregressive --out-dir {judge}")
     twin, twin_info = load_checkpoint(judge)
     found = (twin.config.causal, twin.config.context_length, twin_info["tokenizer"])
     if found != (True, model.config.context_length, info["tokenizer"]):

@@ -26,7 +26,7 @@ from torch import nn
 import train
 from diffusion import evaluate
 from plumbing import machine
-from plumbing.checkpoint import load_checkpoint, read_tensors
+from plumbing.checkpoint import load_checkpoint, read_tensors, write_tensors
 from prepare_data import TokenFile
 
 ROOT = Path(train.__file__).parent
@@ -408,10 +408,10 @@ def test_the_averages_keep_no_history():
     assert not any(parameter.requires_grad for parameter in average_model.parameters())
 
 
-# ---- the first release ---------------------------------------------------------------------------
+# ---- older checkpoints ---------------------------------------------------------------------------
 
 
-def test_a_checkpoint_of_the_first_release_loads_for_ever(data, tmp_path):
+def test_a_recorded_checkpoint_loads_and_its_run_goes_on(data, tmp_path):
     """Made by train.py from `data` and the configuration that lies beside it."""
     first = ROOT / "tests/fixtures/first"
     model, info = load_checkpoint(first)
@@ -426,8 +426,18 @@ def test_a_checkpoint_of_the_first_release_loads_for_ever(data, tmp_path):
     assert read_tensors(tmp_path / "state.safetensors")[1]["step"] == 12
 
 
-def test_a_network_that_saw_no_neighbours_is_what_it_was(data):
+def test_a_network_that_saw_no_neighbours_is_what_it_was_and_its_run_is_over(
+        data, tmp_path, capsys):
     model, info = load_checkpoint(ROOT / "tests/fixtures/before-neighbours")
     x_0 = torch.from_numpy(TokenFile(data, "val").spread(8, 32))
     bound = evaluate(model, x_0, model.config.mask_id, batch_size=8)
     assert bound.nats == pytest.approx(info["evaluation"]["nats"], abs=1e-4)
+    out_dir = tmp_path / "out"
+    assert train.main(command(data, out_dir, max_steps=5)) == 0
+    tensors, info = read_tensors(out_dir / "state.safetensors")
+    del info["config"]["mask_positions"]
+    write_tensors(out_dir / "state.safetensors", tensors, info)
+    before = intact(out_dir)
+    assert train.main(command(data, out_dir, resume=True)) == 2
+    assert one_line(capsys.readouterr().err, "written by older code, which knew no mask_positions")
+    assert intact(out_dir) == before
