@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from oracles import EXACT, Fixed, T, V, seeded
+from oracles import EXACT, FOX, Fixed, T, V, seeded
 
 import diffusion
 from diffusion import Masking
@@ -17,6 +17,7 @@ from experiments import (
     domain,
     layers,
     prefix_lengths,
+    recipe,
     repetition,
     training_dynamics,
     variable_masking,
@@ -58,6 +59,26 @@ def test_training_reads_the_added_lines(workplace, capsys):  # in a process of i
     (run,) = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
     assert run["mask_ratio"] == config_of("masking-high")["mask_ratio"] == "high"
     assert run["nelbo"] > 1
+
+
+def test_the_recipe_is_a_table_of_trainings(workplace, started, monkeypatch, capsys):
+    Path("text.txt").write_text(FOX * 300)
+    monkeypatch.setattr(recipe, "ROWS", {
+        "as it is": ("byte", "--steps 4"), "spread": ("byte", "--steps 4 --mask-positions spread"),
+        "300 tokens": ("bpe:300", "--steps 4 --learning-rate 0.02")})
+    flags = "--config tiny.toml --corpus text.txt --seeds 1 2 --picture a.png"
+    assert recipe.main(flags.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert Path("a.png").stat().st_size > 1000 and "Answer: the lowest bound has" in lines[-2]
+    assert [words[words.index("--seed") + 1] for words in started] == ["1", "2"] * 3
+    assert config_of("recipe-300-tokens-2")["learning_rate"] == 0.02
+    for name, bits in result["bits_per_byte"].items():
+        assert len(set(bits)) == 2 and min(bits) > 0.1  # two seeds, two runs
+        row = next(line for line in lines if line.startswith(name))
+        more = [other - base for other, base in zip(bits, result["bits_per_byte"]["as it is"],
+                                                    strict=True)]
+        assert f"{sum(more) / 2:+.3f} +- {abs(more[0] - more[1]) / 2:.3f}" in row
 
 
 def test_the_answer_names_the_best_and_what_cannot_be_told_from_it():
