@@ -47,7 +47,7 @@ def prepared(corpus: str, tokenizer: str) -> Path:
 
 
 def paint(axes, results: dict[str, Tensor]) -> None:
-    for height, (name, bits) in enumerate(results.items()):
+    for height, bits in enumerate(results.values()):
         axes.plot(bits, [height] * len(bits), "o", color="tab:blue")
         axes.plot(bits.mean(), height, "|", color="black", markersize=20)
     axes.set_yticks(range(len(results)), list(results))
