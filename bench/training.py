@@ -32,17 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import (
-    Batch,
-    Masking,
-    ask,
-    draw_mask,
-    draw_num_maskable,
-    draw_num_masked,
-    keyed_generator,
-    loss,
-    weigh,
-)
+from diffusion import Batch, Masking, corrupt, keyed_generator, loss
 from model import ModelConfig, Transformer, optimizer_groups
 from plumbing.command import command
 from plumbing.config import Parser
@@ -146,13 +136,7 @@ class Way:
         T = self.config.context_length
         x_0 = torch.randint(self.config.vocab_size, (B, T),
                             generator=keyed_generator(0, number, "x"))
-        # From here on the lines of train.py.
-        generator = keyed_generator(0, number, "mask")
-        N = draw_num_maskable(T, self.masking, generator)
-        num_masked = draw_num_masked(B, N, self.masking, generator)
-        mask = draw_mask(num_masked, T, T - N, generator)
-        weights = weigh(num_masked, N, self.masking)
-        batch = ask(x_0, mask, weights, self.config.mask_id, self.masking)
+        batch = corrupt(x_0, self.config.mask_id, self.masking, keyed_generator(0, number, "mask"))
         if self.name == "masked":
             self.predicted_fraction = batch.positions.numel() / x_0.numel()
         elif self.name != "gpt":
