@@ -181,9 +181,6 @@ class Batch(NamedTuple):
     targets: Tensor  # (P,) int64, the clean tokens there
     weights: Tensor  # (P,) float32, so that loss = sum(weights * cross-entropy)
 
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(field.to(device, non_blocking=True) for field in self))
-
 
 def weigh(num_masked: Tensor, N: int, masking: Masking = Masking()) -> Tensor:
     """(B,) float32: the weight of each hidden token of a row, for the whole *global* batch.

@@ -28,7 +28,7 @@ from plumbing.bpe import PATTERN
 from plumbing.command import command
 from plumbing.config import Parser
 from plumbing.corpora import CORPORA, SIZES, Documents, files, hugging_face
-from plumbing.corpora import DataError, make_folder, sha256_of
+from plumbing.corpora import DataError, make_folder, open_split, sha256_of
 from plumbing.terminal import Progress
 from plumbing.vocabulary import VOCABULARY, Pieces, asked_for, provide, read_file, read_vocabulary
 
@@ -151,33 +151,13 @@ class TokenFile:
 
     def __init__(self, folder: str | Path, split: str):
         self.path = Path(folder) / f"{split}.bin"
-        meta_path = Path(folder) / "meta.json"
-        try:
-            with open(meta_path, encoding="utf-8") as file:
-                meta = json.loads(file.read(2**16))  # usually half a kilobyte, and never believed
-            self.tokenizer = meta["tokenizer"]
-            self.vocab_size = meta["vocab_size"]  # 257 for bytes, 50257 for GPT-2
-            self.num_tokens = meta[split]["tokens"]
-            self.num_bytes = meta[split]["bytes"]  # the text's: end-of-text costs bits and has none
-            numbers = (self.vocab_size, self.num_tokens, self.num_bytes)
-            well_typed = type(self.tokenizer) is str and all(type(n) is int for n in numbers)
-            if meta["format"] != 1 or not well_typed or not 1 <= self.vocab_size <= 2**20:
-                raise ValueError("it is not of format 1")
-            dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
-            self.file = open(self.path, "rb")
-            size = os.fstat(self.file.fileno()).st_size
-        except FileNotFoundError as error:
-            raise DataError(f"no {error.filename}: run prepare_data.py with --out-dir "
-                            f"{folder}") from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{meta_path} is damaged ({error!r:.99}): prepare it again") from None
+        self.file, meta = open_split(self.path)
+        self.tokenizer = meta.tokenizer
+        self.vocab_size = meta.vocab_size  # 8192 in the quickstart, 50257 for GPT-2
+        self.num_tokens = meta.num_tokens
+        self.num_bytes = meta.num_bytes  # the text's: end-of-text costs bits and has none
         read_file(self.tokenizer, folder)  # whether the vocabulary of bpe:4096 is there
-        # Its hash would take minutes for 20 GB of fineweb-edu; its size says nearly as much.
-        expected = self.num_tokens * dtype.itemsize
-        if size != expected or min(size, self.num_bytes) < 1:
-            raise DataError(f"{self.path} has {size} bytes, not {expected}: "
-                            "run prepare_data.py again")
-        self.tokens = np.memmap(self.file, dtype, mode="r")  # (num_tokens,); nothing is read yet
+        self.tokens = np.memmap(self.file, meta.dtype, mode="r")  # (num_tokens,)
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(rows, length) int64: the windows that begin at `starts`."""

@@ -34,9 +34,10 @@ from plumbing.adjust import Adjust, ban, chain, penalize_repetition
 from plumbing.checkpoint import CheckpointError, load_checkpoint
 from plumbing.command import command
 from plumbing.config import check_knobs, knob, load
+from plumbing.given import score, starting_tokens
 from plumbing.machine import choose_device, choose_dtype
-from plumbing.terminal import DenoisingView, describe
-from plumbing.text import token_texts, tokens_with_holes
+from plumbing.terminal import DenoisingView
+from plumbing.text import token_texts
 from prepare_data import get_tokenizer
 
 # --- 1. Orders: which hidden positions are committed next -----------------------------------------
@@ -371,23 +372,6 @@ def left_to_right_model(model: Model, mask_id: int) -> Model:
 # --- 4. The command -------------------------------------------------------------------------------
 
 
-def starting_tokens(cmd: Command, model: Transformer, tokenizer: tiktoken.Encoding) -> Tensor:
-    """(num_samples,T): the given tokens, and mask tokens where the model shall write."""
-    limit = model.config.context_length
-    mask_id = model.config.mask_id
-    if cmd.text is not None:
-        ids = tokens_with_holes(cmd.text, tokenizer, mask_id)
-    else:
-        prefix = tokenizer.encode_ordinary(cmd.prefix or "")
-        length = limit - len(prefix) if cmd.length is None else cmd.length
-        ids = prefix + [mask_id] * min(length, 10**7)  # a typo must not fill the memory
-    if len(ids) > limit:
-        raise ValueError(f"{len(ids)} tokens are too many: the model's context is {limit}")
-    if mask_id not in ids:
-        raise ValueError(f"nothing is hidden in {len(ids)} tokens, so there is nothing to write")
-    return torch.tensor([ids] * cmd.num_samples, device=model.rotary.device)
-
-
 def options_for(cmd: Command, info: dict, tokenizer: tiktoken.Encoding) -> dict:
     """The options of `denoise`: what the user asked for, as far as this model can do it."""
     options = cmd.sampler_options()
@@ -422,8 +406,7 @@ def write(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Enco
     started = time.perf_counter()
     states = denoise(network, x, mask_id, generator, **options_for(cmd, info, tokenizer))
     first = next(states)  # bad options are refused here, before a file is opened
-    view = DenoisingView(tokenizer, mask_id, cmd.whole, cmd.show_steps, cmd.jsonl)
-    with view:
+    with DenoisingView(tokenizer, mask_id, cmd.whole, cmd.show_steps, cmd.jsonl) as view:
         for state in itertools.chain([first], states):
             view.show(state)
     seconds = time.perf_counter() - started
@@ -433,26 +416,6 @@ def write(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Enco
     new = int((x == mask_id).sum())  # given tokens don't count
     print(f"{new} new tokens in {state.calls} model calls, {new / seconds:,.0f} tokens/s",
           file=sys.stderr)
-
-
-def score(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
-    """Print what a text costs the model: the bound (GPT: exact), and the loss by mask level."""
-    try:
-        ids = tokenizer.encode_ordinary(Path(cmd.score).read_bytes().decode())  # line ends as is
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--score {cmd.score}: {reason}") from None
-    if not ids:
-        raise ValueError(f"--score {cmd.score}: the file is empty")
-    T = min(model.config.context_length, len(ids))
-    x_0 = torch.tensor(ids[: len(ids) // T * T]).view(-1, T)  # (B,T), without an unfinished row
-    bound = diffusion.evaluate(model, x_0.to(model.rotary.device), model.config.mask_id,
-                               info["config"]["objective"], curve_points=20)
-    # Bits per byte compare models of different tokenizers; nats per token don't.
-    num_bytes = len(tokenizer.decode_bytes(x_0.flatten().tolist()))
-    bits_per_byte = bound.nats * x_0.numel() / math.log(2) / num_bytes
-    print(describe(bound, bits_per_byte))
-    print(f"  from {x_0.numel()} of {len(ids)} tokens, in rows of {T}")
 
 
 @command("sample.py", ValueError)  # of options that don't suit the model

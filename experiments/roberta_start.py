@@ -41,7 +41,7 @@ from model import rotate
 from plumbing.checkpoint import CheckpointError
 from plumbing.command import command
 from plumbing.config import ConfigError
-from plumbing.machine import choose_device, count_parameters, keep_freed_memory
+from plumbing.machine import choose_device, count_parameters, hand_over, keep_freed_memory
 from prepare_data import DataError, TokenFile, get_tokenizer
 from sample import generate
 
@@ -378,7 +378,7 @@ def train(model: Roberta, tokens: Tensor, objective: str, steps: int, args: argp
         x_0 = tokens.unfold(0, args.length, 1)[starts]
         batch = corrupt(x_0, model.mask_id, masking, keyed_generator(1, step, "mask"))
         with autocast(device.type):
-            value = loss(model, batch.to(device))
+            value = loss(model, hand_over(batch, device))
         if not value.isfinite():
             raise ConfigError(f"the loss of step {step} is {value.item()}: choose a lower "
                               "--learning-rate")

@@ -8,6 +8,7 @@ import codecs
 import hashlib
 import http.client
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from plumbing.command import Mistake
 from plumbing.terminal import Progress
@@ -237,3 +239,42 @@ CORPORA: dict[str, Callable[[Path], Documents]] = {
 # Bytes of text, where known: they make the estimate of the time left.
 SIZES = {"sotu": 12e6, "shakespeare": 1.1e6, "text8": 95e6, "enwik8": 95e6, "tinystories": 2.25e9,
          "openwebtext": 39.8e9}
+
+
+# --- A prepared corpus ----------------------------------------------------------------------------
+
+
+class Meta(NamedTuple):
+    """What meta.json says of one split, checked."""
+
+    tokenizer: str
+    vocab_size: int
+    num_tokens: int
+    num_bytes: int  # of the text
+    dtype: str  # of a token: "<u2" or "<u4"
+
+
+def open_split(path: Path) -> tuple[BinaryIO, Meta]:
+    """folder/train.bin or val.bin, and what is known about it; DataError if they don't fit."""
+    meta_path = path.with_name("meta.json")
+    try:
+        with open(meta_path, encoding="utf-8") as file:
+            said = json.loads(file.read(2**16))  # usually half a kilobyte, and never believed
+        dtype = {"uint16": "<u2", "uint32": "<u4"}[said["dtype"]]
+        split = said[path.stem]
+        meta = Meta(said["tokenizer"], said["vocab_size"], split["tokens"], split["bytes"], dtype)
+        well_typed = type(meta.tokenizer) is str and all(type(n) is int for n in meta[1:4])
+        if said["format"] != 1 or not well_typed or not 1 <= meta.vocab_size <= 2**20:
+            raise ValueError("it is not of format 1")
+        file = open(path, "rb")
+        size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError as error:
+        raise DataError(f"no {error.filename}: run prepare_data.py with --out-dir "
+                        f"{path.parent}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{meta_path} is damaged ({error!r:.99}): prepare it again") from None
+    # Its hash would take minutes for 20 GB of fineweb-edu; its size says nearly as much.
+    expected = meta.num_tokens * int(dtype[-1])
+    if size != expected or min(size, meta.num_bytes) < 1:
+        raise DataError(f"{path} has {size} bytes, not {expected}: run prepare_data.py again")
+    return file, meta

@@ -29,15 +29,15 @@ CORE = READ | {path: text for path, text in SOURCES.items() if path.startswith("
 # How many lines there may be. If a room grows out of its limit, make something simpler.
 LIMITS = {
     "model.py": 175,
-    "diffusion.py": 440,
+    "diffusion.py": 436,
     "train.py": 270,
-    "sample.py": 470,
-    "prepare_data.py": 270,
-    "plumbing/": 1610,
+    "sample.py": 440,
+    "prepare_data.py": 250,
+    "plumbing/": 1690,
     NANO: 160,
 }
-READING_PATH_LIMIT = 1610
-CORE_LIMIT = 3215
+READING_PATH_LIMIT = 1550
+CORE_LIMIT = 3240
 
 # Of ours, what a file may import: by its name, or by that of the folder it is in.
 MAY_IMPORT = {

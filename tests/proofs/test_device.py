@@ -58,7 +58,7 @@ def question(masking: Masking = Masking(), seed: int = 0, B: int = 8) -> Batch:
 
 def learn(net: Transformer, *batches: Batch, loss=loss, forward=None) -> tuple[Tensor, ...]:
     """The sum of the losses, and its gradient for each parameter."""
-    value = sum(loss(forward or net, batch.to(DEVICE)) for batch in batches)
+    value = sum(loss(forward or net, hand_over(batch, DEVICE)) for batch in batches)
     return value.detach(), *torch.autograd.grad(value, list(net.parameters()))
 
 
@@ -137,7 +137,7 @@ def test_the_masked_head_is_the_full_head_at_those_positions():
         return net(tokens).flatten(0, 1)[positions]
 
     with torch.no_grad():
-        inputs, positions, *_ = batch.to(DEVICE)
+        inputs, positions, *_ = hand_over(batch, DEVICE)
         # Logits go up to 6, and float32 errs by up to 7e-6 in them; products of other shapes add in
         # another order. Gradients err by 6e-7 of their norm.
         expected = full(inputs, positions)
