@@ -35,7 +35,7 @@ from plumbing.checkpoint import CheckpointError, load_checkpoint
 from plumbing.command import command
 from plumbing.config import check_knobs, knob, load
 from plumbing.given import score, starting_tokens
-from plumbing.machine import choose_device, choose_dtype
+from plumbing.machine import choose_device, choose_dtype, send
 from plumbing.terminal import DenoisingView
 from plumbing.text import token_texts
 from prepare_data import get_tokenizer
@@ -44,27 +44,17 @@ from prepare_data import get_tokenizer
 
 
 def random_order(hidden: Tensor, generator: Generator | None) -> Tensor:
-    return torch.rand(hidden.shape, generator=generator).to(hidden.device)
-
-
-def left_to_right(hidden: Tensor, generator: Generator | None) -> Tensor:
-    positions = torch.arange(hidden.size(1), device=hidden.device)  # (T,)
-    return -positions.float().expand(hidden.shape)
-
-
-def spread(hidden: Tensor, generator: Generator | None) -> Tensor:
-    """0, 128, 64, 192, 32, ...: what is drawn in one step stands far apart, where tokens hardly
-    depend on each other."""
-    return -bit_reversal(hidden.size(1)).float().expand(hidden.shape).to(hidden.device)
+    return torch.rand(hidden.shape, generator=generator)
 
 
 # Orders known before the network is called: what is still hidden (B,T) -> score (B,T), the highest
 # go first. The head then runs once per token in all, at the positions about to be committed.
-# To add one, write a function like those above and name it here.
+# To add one, write a function of two arguments and name it here.
 FIXED_ORDERS: dict[str, Callable[[Tensor, Generator | None], Tensor]] = {
     "random": random_order,
-    "spread": spread,
-    "left_to_right": left_to_right,
+    # 0, 128, 64, 192, 32, ...: what is drawn together stands far apart, and hardly depends
+    "spread": lambda hidden, _: -bit_reversal(hidden.size(1)).float().expand(hidden.shape),
+    "left_to_right": lambda hidden, _: -torch.arange(hidden.size(1)).float().expand(hidden.shape),
     "ancestral": random_order,  # with a random number of tokens per step: see `share_out`
 }
 
@@ -207,55 +197,65 @@ def denoise(model: Model, x: Tensor, mask_id: int, generator: Generator | None =
     options: the fields of Sampler. Bad ones are a ValueError at the first `next`.
     """
     sampler = Sampler(**options)
-    holes = x == mask_id  # (B,T), what there is to fill
+    # Tokens stay on the model's device; the CPU keeps account of what is hidden. In a fixed order
+    # that needs no answer from a GPU, so the CPU runs ahead, and the GPU never waits for a step.
+    holes = (x == mask_id).cpu()  # (B,T), what there is to fill
+    state = State(x.clone(), (x != mask_id).float(), calls=0)
     plans = plan_blocks(holes, sampler)
-    state = State(x.clone(), (~holes).float(), calls=0)
     yield state
     for plan in plans:  # usually one, for all holes
+        hidden = plan.block  # (B,T)
         for step in range(len(plan.counts) - 1):
-            hidden = plan.block & (state.tokens == mask_id)  # (B,T)
-            # How many tokens each row commits (B,), and which it hides again (B,T).
             quota, remasked = share_out(plan, step, hidden, state, sampler, generator)
             if quota.any():
                 progress = step / (len(plan.counts) - 1)
-                state = commit(model, state, hidden, quota, progress, sampler, generator)
+                state, chosen = commit(model, state, hidden, quota, progress, sampler, generator)
+                hidden = hidden & ~chosen
             if remasked.any():
-                state = State(state.tokens.masked_fill(remasked, mask_id),
-                              state.probability.masked_fill(remasked, 0), state.calls)
+                hidden = hidden | remasked
+                back = send(remasked, x.device)
+                state = State(state.tokens.masked_fill(back, mask_id),
+                              state.probability.masked_fill(back, 0), state.calls)
             if quota.any() or remasked.any():
                 yield state
+    if not state.probability.isfinite().all():
+        raise ValueError("the network, or adjust, rules out every token at some position")
 
 
 def commit(model: Model, state: State, hidden: Tensor, quota: Tensor, progress: float,
-           sampler: Sampler, generator: Generator | None) -> State:
-    """Commit quota[b] of the hidden positions (B,T) of each row: predict, draw, choose, write."""
+           sampler: Sampler, generator: Generator | None) -> tuple[State, Tensor]:
+    """Commit quota[b] of the hidden positions (B,T) of each row: predict, draw, choose, write.
+    Returns the new state, and which were chosen (B,T)."""
     score_of = sampler.order if callable(sampler.order) else SCORED_ORDERS.get(sampler.order)
     candidates = hidden
     if score_of is None:  # a fixed order
         chosen = largest(FIXED_ORDERS[sampler.order](hidden, generator), hidden, quota)  # (B,T)
         if sampler.threshold is None:
             candidates = chosen  # what isn't committed now needn't be predicted now
-    positions = candidates.flatten().nonzero().squeeze(1)  # (P,)
-    log_p = predict(model, state.tokens, positions, sampler.adjust)  # (P,V)
+    indices = candidates.flatten().nonzero().squeeze(1)  # (P,)
+    positions = send(indices, state.tokens.device)
+    logits = model(state.tokens, positions)
+    if sampler.adjust is not None:
+        logits = sampler.adjust(logits, state.tokens, positions)
+    log_p = logits.float().log_softmax(1)  # (P,V)
     tokens = draw_tokens(log_p, sampler.temperature, sampler.top_k, sampler.top_p, generator)
+    p = confidence(log_p, tokens).exp()  # untempered: what the network itself thinks
     if score_of is not None:
-        score = torch.zeros(hidden.shape, device=hidden.device)
-        score.view(-1)[positions] = score_of(log_p, tokens)
+        score = score_of(log_p, tokens).cpu()  # here the host waits for a GPU
         if sampler.gumbel:
             # Gumbel noise, falling towards 0 (MaskGIT, arXiv:2202.04200): by confidence, positions
             # are at first chosen in proportion to p^(1/gumbel), at last by p alone.
-            noise = -torch.empty(len(positions)).exponential_(generator=generator).log()
-            score.view(-1)[positions] += sampler.gumbel * (1 - progress) * noise.to(score.device)
-        chosen = largest(score, hidden, quota)
-    p = confidence(log_p, tokens).exp()  # untempered: what the network itself thinks
-    now = chosen.flatten()[positions]  # (P,) bool: committed in this step
+            noise = -torch.empty(len(score)).exponential_(generator=generator).log()
+            score = score + sampler.gumbel * (1 - progress) * noise
+        chosen = largest(torch.zeros(hidden.shape).masked_scatter(hidden, score), hidden, quota)
     if sampler.threshold is not None:
-        now |= p > sampler.threshold
+        chosen = chosen.masked_scatter(hidden, chosen[hidden] | (p > sampler.threshold).cpu())
+    now = send(chosen.flatten()[indices], p.device)  # (P,) bool: committed in this step
     x = state.tokens.clone()
     probability = state.probability.clone()
-    x.view(-1)[positions[now]] = tokens[now]
-    probability.view(-1)[positions[now]] = p[now]
-    return State(x, probability, state.calls + 1)
+    x.view(-1)[positions] = tokens.where(now, x.view(-1)[positions])
+    probability.view(-1)[positions] = p.where(now, 0)
+    return State(x, probability, state.calls + 1), chosen
 
 
 class Plan(NamedTuple):
@@ -288,7 +288,7 @@ def plan_blocks(holes: Tensor, sampler: Sampler) -> list[Plan]:
         counts = hidden_counts(sampler.schedule, block.sum(1), steps, strict)
         u = torch.linspace(0, 1, len(counts), dtype=torch.float64)
         visible = (1 - hidden_fractions(sampler.schedule, u)).tolist()
-        plans.append(Plan(block, counts.to(holes.device), visible))
+        plans.append(Plan(block, counts, visible))
     return plans
 
 
@@ -297,32 +297,27 @@ def share_out(plan: Plan, step: int, hidden: Tensor, state: State, sampler: Samp
     """(quota, remasked): how many tokens each row commits in this step, and which go back."""
     stay = plan.counts[step + 1]  # (B,) how many shall be hidden after this step
     before, after = plan.visible[step : step + 2]
-    committed = plan.block & ~hidden
-    limit = min(1.0, (1 - after) / max(before, 1e-9))  # ReMDM's sigma_max
-    p = state.probability.masked_fill(~committed, math.inf)
-    sigma = REMASKS.get(sampler.remask, sampler.remask)(limit, after, p)  # usually 0: none go back
-    sigma = torch.as_tensor(sigma, device=hidden.device).clamp(max=limit)
-    remasked = committed & (random_order(hidden, generator) < sigma)
-    if sampler.order == "ancestral" and after < 1:
+    ancestral = sampler.order == "ancestral" and after < 1
+    sigma: float | Tensor = 0.0
+    remasked = torch.zeros_like(hidden)
+    if sampler.remask != "none":
+        committed = plan.block & ~hidden
+        limit = min(1.0, (1 - after) / max(before, 1e-9))  # ReMDM's sigma_max
+        p = state.probability.cpu().masked_fill(~committed, math.inf)
+        sigma = REMASKS.get(sampler.remask, sampler.remask)(limit, after, p)
+        sigma = torch.as_tensor(sigma).clamp(max=limit)
+        remasked = committed & (random_order(hidden, generator) < sigma)
+        if not ancestral:
+            remasked = largest(random_order(hidden, generator), remasked, stay)  # no more may stay
+    if ancestral:
         # D3PM, MDLM: each hidden token is committed with this probability, whatever the others do.
         chance = (after - before + sigma * before) / (1 - before)
         quota = (hidden & (random_order(hidden, generator) < chance)).sum(1)
     else:
-        remasked = largest(random_order(hidden, generator), remasked, stay)  # no more than may stay
         quota = hidden.sum(1) + remasked.sum(1) - stay
     if sampler.threshold is not None:  # the schedule is the slowest pace: at least one
         quota = quota.clamp(min=1).minimum(hidden.sum(1))
     return quota, remasked
-
-
-def predict(model: Model, x: Tensor, positions: Tensor, adjust: Adjust | None) -> Tensor:
-    """(P,V) float32: the log-probabilities of the tokens at these positions of x (B,T)."""
-    logits = model(x, positions)
-    if adjust is not None:
-        logits = adjust(logits, x, positions)
-    if not logits.amax(1).isfinite().all():
-        raise ValueError("the network, or adjust, rules out every token at some position")
-    return logits.float().log_softmax(1)
 
 
 def draw_tokens(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
@@ -344,8 +339,9 @@ def draw_tokens(logits: Tensor, temperature: float = 1.0, top_k: int | None = No
     # Invert the CDF in float64: float32 noise never reaches the tail of a large vocabulary, which
     # acts like a lower temperature (arXiv:2409.02908).
     cdf = p.cumsum(1, dtype=torch.float64)
-    u = torch.rand(len(p), 1, dtype=torch.float64, generator=generator).to(p.device)  # (P,1)
-    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(1).to(logits.device)
+    u = torch.rand(len(p), 1, dtype=torch.float64, generator=generator)  # (P,1)
+    tokens = torch.searchsorted(cdf, send(u, p.device) * cdf[:, -1:], right=True).squeeze(1)
+    return tokens.clamp(max=p.size(1) - 1).to(logits.device)  # NaN finds no place in the CDF
 
 
 def largest(score: Tensor, among: Tensor, quota: Tensor) -> Tensor:

@@ -89,10 +89,15 @@ def attention_written_out(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tens
 
 
 def hand_over(batch: NamedTuple, device: torch.device) -> NamedTuple:
-    """A batch of tensors, to the device: from pinned memory a GPU fetches it, and nobody waits."""
+    """A batch of tensors, to the device, without waiting."""
+    return type(batch)(*(send(field, device) for field in batch))
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device: from pinned memory a GPU fetches it, and nobody waits."""
     if device.type == "cuda":
-        batch = type(batch)(*(field.pin_memory() for field in batch))
-    return type(batch)(*(field.to(device, non_blocking=True) for field in batch))
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def fetch(numbers: Tensor) -> Callable[[], list[float]]:

@@ -46,7 +46,7 @@ def network(device: torch.device = DEVICE) -> Transformer:
     """A network with much to say, the same on every device. Fresh ones: projections of zero."""
     net = Transformer(SHAPE).eval()
     for seed, weight in enumerate(net.parameters()):
-        weight.normal_(std=2 * weight.size(-1) ** -0.5, generator=seeded(seed))
+        weight.normal_(std=2 * weight.size(-1) ** -0.5, generator=seeded(10 + seed))
     return net.to(device)
 
 
@@ -289,6 +289,17 @@ def test_numbers_on_their_way_are_those_of_their_time():
         read = fetch(numbers)
         numbers.zero_()
     assert read() == [1.0, 2.0] and read() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("options", [{"order": "spread", "top_k": 3}, {"order": "random"},
+                                     {"order": "ancestral"}, {"block_length": 5}], ids=str)
+def test_fixed_orders_are_written_ahead_of_the_device(options):
+    states = sample.denoise(network(), masked(4, 16, MASK).to(DEVICE), MASK, seeded(0), **options)
+    state = next(states)
+    while state.probability[:, 1:].min() == 0:  # a step at a time, read in between
+        with no_waiting() if ON_GPU else contextlib.nullcontext():
+            state = next(states)
+    assert state.calls > 1
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
