@@ -1,7 +1,6 @@
 """The network: a transformer that reads the whole text at once, in both directions.
 
-    tokens (B,T) -> embedding, with a bit of both neighbours'
-                 -> n_layer x [attention, MLP] -> RMSNorm -> head -> logits (B,T,V)
+    tokens (B,T) -> embedding -> n_layer x [neighbours, attention, MLP] -> head -> logits (B,T,V)
 
 It differs from GPT in one word, `causal`: a token attends to all others, not only to earlier ones.
 `causal=True` puts GPT's mask back, which makes this file also the autoregressive twin that every
@@ -78,6 +77,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
+def mix_neighbours(x: Tensor, weights: Tensor, causal: bool) -> Tensor:
+    """Add to each token of x (B,T,C) a bit of the one before it and of the one after it.
+
+    weights: (2,C), how much of each, by channel.
+    """
+    # A hidden token depends most on its neighbours. Attention needs a quarter of a short run to
+    # find out where they are, so they are shown to it (compare Primer, arXiv:2109.08668).
+    before, after = weights.to(x.dtype)  # (C,) each
+    y = norm(x)
+    x = x + before * F.pad(y[:, :-1], (0, 0, 1, 0))
+    return x if causal else x + after * F.pad(y[:, 1:], (0, 0, 0, 1))
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -99,12 +111,14 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.neighbours = nn.Parameter(torch.zeros(2, config.n_embd))
         self.attention = Attention(config)
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)  # 4, as in GPT-2
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, rotary: Tensor, positions: Tensor | None = None) -> Tensor:
         """x (B,T,C) -> (B,T,C); in the last block only what is at `positions` (P,): (P,C)."""
+        x = mix_neighbours(x, self.neighbours, self.attention.causal)
         x = x + self.attention(norm(x), rotary)
         if positions is not None:  # after the last attention, tokens no longer look at each other
             x = x.flatten(0, 1)[positions]  # (P,C)
@@ -121,8 +135,6 @@ class Transformer(nn.Module):
         # Matrix units like multiples of 64 rows; those beyond the mask token are never used.
         rows = math.ceil((config.vocab_size + 1) / 64) * 64
         self.embedding = nn.Embedding(rows, config.n_embd)
-        # How much a token takes over from the one before it and the one after it, by channel.
-        self.neighbours = nn.Parameter(torch.zeros(2, config.n_embd))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         rotary = rotary_table(config.context_length, config.n_embd // config.n_head)
         self.register_buffer("rotary", rotary, persistent=False)
@@ -137,15 +149,6 @@ class Transformer(nn.Module):
             for matrix in (block.attention.proj, block.down):
                 nn.init.zeros_(matrix.weight)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """(B,T) -> (B,T,C): what a token is, and a bit of what stands beside it."""
-        # A hidden token depends most on its neighbours. Attention needs a quarter of a short run to
-        # find out where they are, so they are shown to it (compare Primer, arXiv:2109.08668).
-        x = norm(self.embedding(tokens))  # (B,T,C)
-        before, after = self.neighbours  # (C,) each
-        mixed = x + before * F.pad(x[:, :-1], (0, 0, 1, 0))
-        return mixed if self.config.causal else mixed + after * F.pad(x[:, 1:], (0, 0, 0, 1))
-
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits of the V real tokens, at every position or only at some.
 
@@ -159,7 +162,7 @@ class Transformer(nn.Module):
                              f"{self.config.context_length}")
         *blocks, last = self.blocks
         rotary = self.rotary[:, :T]
-        x = self.embed(tokens)  # (B,T,C)
+        x = norm(self.embedding(tokens))  # (B,T,C)
         if torch.is_autocast_enabled(x.device.type):  # blocks exchange bfloat16, half the bytes
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in blocks:
@@ -171,4 +174,5 @@ class Transformer(nn.Module):
 
 def optimizer_groups(model: Transformer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices, tables): the weights of the blocks, for Muon; all others, for AdamW."""
-    return list(model.blocks.parameters()), [model.embedding.weight, model.neighbours]
+    matrices = [layer.weight for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
+    return matrices, [model.embedding.weight, *(block.neighbours for block in model.blocks)]

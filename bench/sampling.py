@@ -55,10 +55,15 @@ class CachedTwin(nn.Module):
         self.model = model
         shape = (B, config.n_head, config.context_length, config.n_embd // config.n_head)
         empty = model.embedding.weight.new_zeros(shape)  # (B,H,T,D)
-        self.register_buffer("before", empty.new_zeros(B, 1, config.n_embd))  # the last embedding
         for layer in range(config.n_layer):
+            self.register_buffer(f"before{layer}", empty.new_zeros(B, 1, config.n_embd))
             self.register_buffer(f"keys{layer}", empty.clone())
             self.register_buffer(f"values{layer}", empty.clone())
+
+    def restart(self) -> None:
+        """Nothing stands before the first token. Old keys and values are overwritten in time."""
+        for layer in range(self.model.config.n_layer):
+            getattr(self, f"before{layer}").zero_()
 
     def forward(self, tokens: Tensor, at: Tensor) -> Tensor:
         """Logits (B,V) of what follows `tokens` (B,n), which stand at the positions `at` (n,).
@@ -71,10 +76,11 @@ class CachedTwin(nn.Module):
         T = model.config.context_length
         visible = torch.arange(T, device=at.device) <= at[:, None]  # (n,T)
         x = norm(model.embedding(tokens))  # (B,n,C)
-        before = torch.cat([self.before, x[:, :-1]], dim=1)
-        self.before.copy_(x[:, -1:])
-        x = x + model.neighbours[0] * before
         for layer, block in enumerate(model.blocks):
+            y = norm(x)
+            before = getattr(self, f"before{layer}")  # the last token's y, a neighbour of the next
+            x = x + block.neighbours[0] * torch.cat([before, y[:, :-1]], dim=1)
+            before.copy_(y[:, -1:])
             q, k, v = block.attention.qkv(norm(x)).view(B, n, 3 * H, -1).chunk(3, dim=2)
             rotary = model.rotary[:, at]
             q = rotate(norm(q), rotary).transpose(1, 2)  # (B,H,n,D)
@@ -98,7 +104,7 @@ def write_cached(twin: CachedTwin, x: Tensor, temperature: float = 1.0,
     given = int((x != mask_id).sum(1).min())
     tokens = shift_right(x, mask_id)
     positions = torch.arange(x.size(1), device=x.device)
-    twin.before.zero_()
+    twin.restart()
     # Not twin(...), which may be compiled: for one token at a time, not for so many.
     logits = twin.forward(tokens[:, : given + 1], positions[: given + 1])
     for t in range(given, x.size(1)):

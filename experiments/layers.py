@@ -26,7 +26,7 @@ from diffusion import draw_mask, keyed_generator
 from experiments.lab.command import answer, count, flags, several
 from experiments.lab.pictures import draw
 from experiments.lab.runs import autocast, rows_of
-from model import Attention, Transformer, norm, rotate
+from model import Attention, Transformer, mix_neighbours, norm, rotate
 from plumbing.checkpoint import load_checkpoint
 from plumbing.command import command
 from plumbing.config import ConfigError
@@ -40,7 +40,7 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 def states(model: Transformer, tokens: Tensor) -> list[Tensor]:
     """The running sum, (B,T,C), as it enters each block, and as it leaves the last one."""
     rotary = model.rotary[:, : tokens.size(1)]
-    x = model.embed(tokens)
+    x = norm(model.embedding(tokens))
     found = [x]
     for block in model.blocks:
         x = block(x, rotary)
@@ -73,8 +73,11 @@ def attention_weights(attention: Attention, x: Tensor, rotary: Tensor) -> tuple[
 def all_attention(model: Transformer, tokens: Tensor) -> Tensor:
     """(L,B,H,T,T): who looks at whom, in every layer and head; row = the position that looks."""
     rotary = model.rotary[:, : tokens.size(1)]
-    return torch.stack([attention_weights(block.attention, norm(x), rotary)[0]
-                        for block, x in zip(model.blocks, states(model, tokens), strict=False)])
+    found = []
+    for block, x in zip(model.blocks, states(model, tokens), strict=False):
+        x = mix_neighbours(x, block.neighbours, block.attention.causal)
+        found.append(attention_weights(block.attention, norm(x), rotary)[0])
+    return torch.stack(found)
 
 
 def loss_by_layer(model: Transformer, x_0: Tensor) -> Tensor:

@@ -165,9 +165,11 @@ def load_checkpoint(
             raise ValueError(f"{config.n_layer} layers are not in {len(tensors)} tensors")
         with torch.device("meta"):  # no memory for what the file claims, no time for random weights
             model = Transformer(config)
-        if "neighbours" not in tensors:  # the first networks had none, which is as if they were 0
-            width = tensors["embedding.weight"].size(1)
-            tensors["neighbours"] = torch.zeros(2, width)
+        if "neighbours" in tensors:  # older networks saw them in the first block only,
+            tensors["blocks.0.neighbours"] = tensors.pop("neighbours")
+        unseen = torch.zeros(2, tensors["embedding.weight"].size(1))  # the first ones nowhere
+        for i in range(config.n_layer):
+            tensors.setdefault(f"blocks.{i}.neighbours", unseen.clone())
         model.load_state_dict(tensors, assign=True)
         model.rotary = rotary_table(config.context_length, config.n_embd // config.n_head)
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:

@@ -9,7 +9,7 @@ from oracles import EXACT, JOINT, ROWS, Exact, T, V, fits, masked, seeded
 
 import diffusion
 from bench import gpu, sampling, training, transformers_baseline
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, optimizer_groups
 from sample import generate, left_to_right_model
 
 CONFIG = ModelConfig(20, 16, n_layer=2, n_head=2, n_embd=32)
@@ -38,7 +38,7 @@ def test_the_cache_changes_nothing(twin):
     with torch.no_grad():  # and call by call, the logits
         starts = diffusion.shift_right(drawn, 20)
         pieces = torch.arange(16).split([3] + [1] * 13)
-        cached.before.zero_()
+        cached.restart()
         logits = [cached(starts[:, at], at) for at in pieces]
         torch.testing.assert_close(torch.stack(logits, 1), twin(starts)[:, 2:], rtol=1e-4,
                                    atol=1e-4)
@@ -145,7 +145,7 @@ def test_the_classical_stack_hides_tokens_and_scores_them_as_we_do():
     output = model(input_ids=batch["input_ids"], labels=batch["labels"])
     p = output.logits.softmax(-1)[hidden].gather(1, clean[hidden][:, None])
     assert output.loss.item() == pytest.approx(-p.log().mean().item(), abs=1e-5)
-    ours = sum(p.numel() for p in Transformer(CONFIG).blocks.parameters())
+    ours = sum(p.numel() for p in optimizer_groups(Transformer(CONFIG))[0])
     theirs = sum(p.numel() for p in model.roberta.encoder.parameters() if p.dim() == 2)
     assert ours == theirs  # the same matrices
 

@@ -426,12 +426,15 @@ def test_a_recorded_checkpoint_loads_and_its_run_goes_on(data, tmp_path):
     assert read_tensors(tmp_path / "state.safetensors")[1]["step"] == 12
 
 
-def test_a_network_that_saw_no_neighbours_is_what_it_was_and_its_run_is_over(
-        data, tmp_path, capsys):
-    model, info = load_checkpoint(ROOT / "tests/fixtures/before-neighbours")
+@pytest.mark.parametrize("before", ["before-neighbours", "neighbours-once"])
+def test_older_networks_are_what_they_were(before, data):
+    model, info = load_checkpoint(ROOT / "tests/fixtures" / before)
     x_0 = torch.from_numpy(TokenFile(data, "val").spread(8, 32))
     bound = evaluate(model, x_0, model.config.mask_id, batch_size=8)
     assert bound.nats == pytest.approx(info["evaluation"]["nats"], abs=1e-4)
+
+
+def test_a_run_of_older_code_is_refused_and_left_as_it_is(data, tmp_path, capsys):
     out_dir = tmp_path / "out"
     assert train.main(command(data, out_dir, max_steps=5)) == 0
     tensors, info = read_tensors(out_dir / "state.safetensors")
