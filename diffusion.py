@@ -417,20 +417,26 @@ def smooth(curve: Curve) -> Curve:
 
 def optimal_schedule(curve: Curve, steps: int) -> list[int]:
     """The hidden counts [N, ..., 0] of the cheapest min(steps, N) steps, by `schedule_nelbo`."""
+    m = np.arange(curve.N + 1)
+    ce = np.interp(m, curve.counts, curve.nats)
+    return cheapest_schedule((m[:, None] - m) * ce[:, None], steps)
+
+
+def cheapest_schedule(step_cost: np.ndarray, steps: int) -> list[int]:
+    """The same if a step from m hidden tokens to k costs step_cost[m, k], (N+1,N+1)."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     # Dynamic programming: the cheapest way from m hidden tokens to none in s steps is a first step
-    # to k, which costs (m - k) CE(m), and then the cheapest way from k to none in s - 1 steps.
-    m = np.arange(curve.N + 1)
-    ce = np.interp(m, curve.counts, curve.nats)
-    step_cost = np.where(m[:, None] > m, (m[:, None] - m) * ce[:, None], math.inf)  # (from m, to k)
+    # to k, and then the cheapest way from k to none in s - 1 steps.
+    N = len(step_cost) - 1
+    step_cost = np.where(np.tri(N + 1, k=-1), step_cost, math.inf)  # k < m
     cost = step_cost[:, 0]  # with one step left, everything is committed
     best_k = []
-    for _ in range(min(steps, curve.N) - 1):
+    for _ in range(min(steps, N) - 1):
         total = step_cost + cost
         best_k.append(total.argmin(1))
         cost = total.min(1)
-    counts = [curve.N]
+    counts = [N]
     for k in reversed(best_k):
         counts.append(int(k[counts[-1]]))
     return [*counts, 0]

@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,14 +27,14 @@ import tiktoken
 import torch
 from torch import Generator, Tensor
 
-import diffusion
-from diffusion import SCHEDULES, Model, bit_reversal, hidden_counts, hidden_fractions, shift_right
+from diffusion import SCHEDULES, Bound, Model
+from diffusion import bit_reversal, hidden_counts, hidden_fractions, mean_and_error, shift_right
 from model import Transformer
-from plumbing.adjust import Adjust, ban, chain, penalize_repetition
+from plumbing.adjust import Adjust
 from plumbing.checkpoint import CheckpointError, load_checkpoint
 from plumbing.command import command
 from plumbing.config import check_knobs, knob, load
-from plumbing.given import score, starting_tokens
+from plumbing.given import options_for, score, starting_tokens
 from plumbing.machine import choose_device, choose_dtype, send
 from plumbing.terminal import DenoisingView
 from plumbing.text import token_texts
@@ -55,6 +55,7 @@ FIXED_ORDERS: dict[str, Callable[[Tensor, Generator | None], Tensor]] = {
     # 0, 128, 64, 192, 32, ...: what is drawn together stands far apart, and hardly depends
     "spread": lambda hidden, _: -bit_reversal(hidden.size(1)).float().expand(hidden.shape),
     "left_to_right": lambda hidden, _: -torch.arange(hidden.size(1)).float().expand(hidden.shape),
+    "right_to_left": lambda hidden, _: torch.arange(hidden.size(1)).float().expand(hidden.shape),
     "ancestral": random_order,  # with a random number of tokens per step: see `share_out`
 }
 
@@ -70,17 +71,13 @@ def margin(log_p: Tensor, tokens: Tensor) -> Tensor:
     return (first - second).log()
 
 
-def entropy(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """Low entropy first, whatever was drawn."""
-    return -torch.special.entr(log_p.exp()).sum(1)
-
-
 # Orders by the network's predictions: (log p (P,V), drawn tokens (P,)) -> score (P,). `order` may
 # also be such a function.
 SCORED_ORDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "confidence": confidence,
+    "top": lambda log_p, _: log_p.amax(1),  # of the most likely token, whatever was drawn
     "margin": margin,
-    "entropy": entropy,
+    "entropy": lambda log_p, _: -torch.special.entr(log_p.exp()).sum(1),  # low entropy first
 }
 ORDERS = {**FIXED_ORDERS, **SCORED_ORDERS}
 
@@ -116,6 +113,7 @@ class Sampler:
     top_k: int | None = knob(None, "draw from the K most likely tokens", low=1)
     top_p: float | None = knob(None, "draw from the nucleus of this mass", low=1e-30, high=1)
     adjust: Adjust | None = None  # changes logits: guidance, constraints, penalties
+    truth: Tensor | None = None  # (B,T): commit these tokens, draw none (for exact_nll)
 
     def __post_init__(self):
         check_knobs(self)
@@ -163,14 +161,7 @@ class Command(Sampler):
             raise ValueError(f"--jsonl {self.jsonl}: there is no such folder")
 
     def sampler_options(self) -> dict:
-        options = {field.name: getattr(self, field.name) for field in fields(Sampler)}
-        short = {"greedy": {"temperature": 0.0}, "topk": {"top_k": self.top_k or 50},
-                 "nucleus": {"top_p": self.top_p or 0.9}}
-        if self.exact:
-            options |= {"order": "random", "temperature": 1.0}
-        elif self.block_length is None:
-            options["steps"] = self.steps or 16
-        return options | short.get(self.sampling, {})
+        return {field.name: getattr(self, field.name) for field in fields(Sampler)}
 
 
 # --- 3. Denoising ---------------------------------------------------------------------------------
@@ -238,7 +229,8 @@ def commit(model: Model, state: State, hidden: Tensor, quota: Tensor, progress: 
     if sampler.adjust is not None:
         logits = sampler.adjust(logits, state.tokens, positions)
     log_p = logits.float().log_softmax(1)  # (P,V)
-    tokens = draw_tokens(log_p, sampler.temperature, sampler.top_k, sampler.top_p, generator)
+    tokens = (draw_tokens(log_p, sampler.temperature, sampler.top_k, sampler.top_p, generator)
+              if sampler.truth is None else sampler.truth.flatten()[positions])  # (P,)
     p = confidence(log_p, tokens).exp()  # untempered: what the network itself thinks
     if score_of is not None:
         score = score_of(log_p, tokens).cpu()  # here the host waits for a GPU
@@ -359,6 +351,29 @@ def generate(model: Model, x: Tensor, mask_id: int, generator: Generator | None 
     return last.tokens
 
 
+def exact_nll(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0,
+              batch_size: int = 32, **options) -> Bound:
+    """-log p(x_0) / N in nats per token, where p is the probability with which `denoise` writes x_0
+    (B,T) after the prefix: no bound, as the NELBO, but exact, at temperature 1.
+
+    If the visible tokens decide where to write next, a text can be written along one path only. Its
+    probability is the product of what the network says of its tokens on that path, each step at
+    once (DUEL, arXiv:2603.01367). ValueError if chance decides, or the token that was drawn.
+    options: order (by default "spread"), steps, schedule, block_length and adjust of Sampler.
+    """
+    sampler = Sampler(**{"order": "spread"} | options)
+    priced = ("order", "steps", "schedule", "block_length", "adjust")
+    plain = Sampler(**{name: getattr(sampler, name) for name in priced})
+    if sampler != plain or sampler.order in ("random", "ancestral", "confidence"):
+        raise ValueError("no exact price: chance, or the drawn tokens, decide where to write next")
+    by_row = []
+    for rows in x_0.split(batch_size):
+        x = torch.where(torch.arange(x_0.size(1), device=x_0.device) < prefix_length, rows, mask_id)
+        *_, last = denoise(model, x, mask_id, **vars(replace(sampler, truth=rows)))
+        by_row.append(-last.probability[:, prefix_length:].double().log().mean(1))
+    return Bound(*mean_and_error(torch.cat(by_row)), None)
+
+
 def left_to_right_model(model: Model, mask_id: int) -> Model:
     """GPT in the form that `denoise` expects: position t is predicted from those before it. With
     order="left_to_right" and a step per token, `denoise` is GPT's sampling."""
@@ -366,30 +381,6 @@ def left_to_right_model(model: Model, mask_id: int) -> Model:
 
 
 # --- 4. The command -------------------------------------------------------------------------------
-
-
-def options_for(cmd: Command, info: dict, tokenizer: tiktoken.Encoding) -> dict:
-    """The options of `denoise`: what the user asked for, as far as this model can do it."""
-    options = cmd.sampler_options()
-    banned = [ban(tokenizer.encode_ordinary(cmd.ban))] if cmd.ban else []
-    penalty = [penalize_repetition(cmd.repetition_penalty)] if cmd.repetition_penalty else []
-    options["adjust"] = chain(banned + penalty)
-    if info["config"]["objective"] == "autoregressive":
-        print("note: an autoregressive model (GPT) writes left to right, one token per step, "
-              "whatever the other options say", file=sys.stderr)
-        kept = ("temperature", "top_k", "top_p", "adjust")
-        return {name: options[name] for name in kept} | {"order": "left_to_right"}
-    if info["config"]["objective"] == "mlm":
-        print("note: BERT never learned to write a whole text: expect word salad", file=sys.stderr)
-    if cmd.schedule == "optimal":
-        try:
-            # The context length of the network, whatever the curve of the file claims.
-            curve = info["evaluation"]["curve"] | {"N": info["model"]["context_length"]}
-            curve = diffusion.smooth(diffusion.Curve(**curve))
-        except (ArithmeticError, AttributeError, LookupError, TypeError):
-            raise ValueError("schedule optimal needs a checkpoint that was evaluated") from None
-        options["schedule"] = diffusion.optimal_schedule(curve, options["steps"])
-    return options
 
 
 def write(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
@@ -421,7 +412,10 @@ def main(arguments: list[str]) -> None:
     tokenizer = get_tokenizer(info["tokenizer"], cmd.checkpoint)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise CheckpointError(f"{cmd.checkpoint} does not have the vocabulary of its tokenizer")
-    (score if cmd.score else write)(cmd, model, info, tokenizer)
+    if cmd.score is None:
+        write(cmd, model, info, tokenizer)
+    else:
+        score(cmd, model, info, tokenizer, exact_nll)
 
 
 if __name__ == "__main__":

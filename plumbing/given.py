@@ -1,14 +1,17 @@
-"""What sample.py is given: the text to continue or to fill, and the file to score."""
+"""What sample.py is given: how to write, the text to continue or to fill, the file to score."""
 
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import tiktoken
 import torch
 from torch import Tensor
 
-from diffusion import evaluate
+from diffusion import Bound, Curve, evaluate, optimal_schedule, smooth
 from model import Transformer
+from plumbing.adjust import ban, chain, penalize_repetition
 from plumbing.terminal import describe
 from plumbing.text import tokens_with_holes
 
@@ -30,8 +33,41 @@ def starting_tokens(cmd, model: Transformer, tokenizer: tiktoken.Encoding) -> Te
     return torch.tensor([ids] * cmd.num_samples, device=model.rotary.device)
 
 
-def score(cmd, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> None:
-    """Print what a text costs the model: the bound (GPT: exact), and the loss by mask level."""
+def options_for(cmd, info: dict, tokenizer: tiktoken.Encoding) -> dict:
+    """The options of `denoise`: what the user asked for, as far as this model can do it."""
+    options = cmd.sampler_options()
+    short = {"greedy": {"temperature": 0.0}, "topk": {"top_k": cmd.top_k or 50},
+             "nucleus": {"top_p": cmd.top_p or 0.9}}
+    options |= short.get(cmd.sampling, {})
+    if cmd.exact:
+        options |= {"order": "random", "temperature": 1.0}
+    elif cmd.block_length is None:
+        options["steps"] = cmd.steps or 16
+    banned = [ban(tokenizer.encode_ordinary(cmd.ban))] if cmd.ban else []
+    penalty = [penalize_repetition(cmd.repetition_penalty)] if cmd.repetition_penalty else []
+    options["adjust"] = chain(banned + penalty)
+    if info["config"]["objective"] == "autoregressive":
+        print("note: an autoregressive model (GPT) writes left to right, one token per step, "
+              "whatever the other options say", file=sys.stderr)
+        kept = ("temperature", "top_k", "top_p", "adjust")
+        return {name: options[name] for name in kept} | {"order": "left_to_right"}
+    if info["config"]["objective"] == "mlm":
+        print("note: BERT never learned to write a whole text: expect word salad", file=sys.stderr)
+    if cmd.schedule == "optimal":
+        try:
+            # The context length of the network, whatever the curve of the file claims.
+            curve = info["evaluation"]["curve"] | {"N": info["model"]["context_length"]}
+            curve = smooth(Curve(**curve))
+        except (ArithmeticError, AttributeError, LookupError, TypeError):
+            raise ValueError("schedule optimal needs a checkpoint that was evaluated") from None
+        options["schedule"] = optimal_schedule(curve, options["steps"])
+    return options
+
+
+def score(cmd, model: Transformer, info: dict, tokenizer: tiktoken.Encoding,
+          exact_nll: Callable[..., Bound]) -> None:
+    """Print what a text costs: the bound (GPT: exact), the loss by mask level, and what it costs
+    the sampler that the options describe, at temperature 1."""
     try:
         ids = tokenizer.encode_ordinary(Path(cmd.score).read_bytes().decode())  # line ends as is
     except (OSError, UnicodeDecodeError) as error:
@@ -41,10 +77,21 @@ def score(cmd, model: Transformer, info: dict, tokenizer: tiktoken.Encoding) -> 
         raise ValueError(f"--score {cmd.score}: the file is empty")
     T = min(model.config.context_length, len(ids))
     x_0 = torch.tensor(ids[: len(ids) // T * T]).view(-1, T)  # (B,T), without an unfinished row
-    bound = evaluate(model, x_0.to(model.rotary.device), model.config.mask_id,
-                     info["config"]["objective"], curve_points=20)
+    x_0 = x_0.to(model.rotary.device)
+    mask_id = model.config.mask_id
+    objective = info["config"]["objective"]
+    exact = None  # the price of --exact is the bound, GPT's its NLL, which are measured anyway
+    if objective == "diffusion" and not cmd.exact:
+        options = options_for(cmd, info, tokenizer)
+        for name in ("temperature", "top_k", "top_p"):
+            del options[name]
+        exact = exact_nll(model, x_0, mask_id, **options)
+    bound = evaluate(model, x_0, mask_id, objective, curve_points=20)
     # Bits per byte compare models of different tokenizers; nats per token don't.
     num_bytes = len(tokenizer.decode_bytes(x_0.flatten().tolist()))
-    bits_per_byte = bound.nats * x_0.numel() / math.log(2) / num_bytes
-    print(describe(bound, bits_per_byte))
+    bits_per_nat = x_0.numel() / math.log(2) / num_bytes
+    print(describe(bound, bound.nats * bits_per_nat))
+    if exact:
+        text = describe(exact, exact.nats * bits_per_nat)
+        print(f"  as sample.py writes, order {cmd.order}: {text}")
     print(f"  from {x_0.numel()} of {len(ids)} tokens, in rows of {T}")

@@ -1,5 +1,6 @@
 """The experiments about hiding and writing: they count exactly, steer exactly, run to their end."""
 
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from experiments import (
     denoise_page,
     guidance,
     masking_viz,
+    prices,
     samplers,
     sampling_methods,
     schedules,
@@ -157,6 +159,38 @@ def nearest(result):
 def test_judged_samples(script, flags, check, finish):
     _, result = finish(script, "--checkpoint run --judge twin --num-samples 3 " + flags)
     assert check(result)
+
+
+# --- Prices ---------------------------------------------------------------------------------------
+
+
+def test_the_price_of_a_schedule_is_the_sum_of_the_costs_of_its_steps():
+    generator = seeded(0)
+    tables = [torch.randn(17, 16, 5, generator=generator).log_softmax(-1) for _ in range(3)]
+
+    def network(tokens, positions):  # it depends on what is visible, in some arbitrary way
+        hidden = (tokens == 5).sum(1)
+        logits = torch.stack([tables[row % 3][hidden[row]] for row in range(len(tokens))])
+        return logits.flatten(0, 1)[positions]
+
+    x_0 = torch.randint(5, (3, 16), generator=generator)
+    costs = prices.costs_of_steps(network, x_0, 5)
+    for counts in ([16, 0], [16, 8, 0], [16, 12, 8, 0], [16, 4, 0]):
+        units = [count // prices.UNIT for count in counts]
+        expected = sum(costs[m, k] for m, k in itertools.pairwise(units)) / 16
+        found = prices.prices(network, x_0, 5, order="spread", schedule=counts)
+        assert found.mean().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_prices_tell_orders_apart_and_schedules_are_found(finish):
+    _, result = finish(prices, "--checkpoint run --judge twin --data-dir data/sotu-bytes --texts 4 "
+                               "--calls 8 64 --orders spread random entropy --schedules 2 4")
+    assert list(result["prices"]) == [f"{order}, {calls}" for order in ("spread", "random",
+                                      "entropy") for calls in (8, 64)]
+    assert result["prices"]["spread, 64"][1:] == [0, 0]  # compared with itself
+    for calls in ("2", "4"):
+        committed = result["schedules"][calls][-1]
+        assert len(committed) == int(calls) and sum(committed) == N
 
 
 # --- Guidance -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from plumbing.checkpoint import load_checkpoint, read_tensors, write_tensors
 from plumbing.terminal import draw_position
 from plumbing.text import token_texts
 from prepare_data import TokenFile, get_tokenizer
+from sample import exact_nll
 
 OBJECTIVES = ("diffusion", "mlm", "autoregressive")
 
@@ -103,6 +104,25 @@ def test_score_is_the_evaluation_of_the_file(write, checkpoints, data, tmp_path,
     assert f"{bound.nats:.4f} +- {bound.stderr:.4f} nats/token" in text
     assert f"{bound.nats / 0.6931472:.4f} bits/byte" in text  # one token is one byte
     assert text.startswith("NLL" if bound.curve is None else "NELBO <=")
+    assert ("as sample.py writes" in text) == (objective == "diffusion")
+
+
+@pytest.mark.parametrize("options, how", [
+    ("", {"order": "spread", "steps": 16}), ("--steps 64 --temperature 2", {"steps": 64}),
+    ("--order entropy --schedule cosine --steps 8",
+     {"order": "entropy", "schedule": "cosine", "steps": 8}),
+    ("--block-length 32", {"block_length": 32}),
+])
+def test_score_says_what_the_text_costs_the_sampler(write, checkpoints, data, tmp_path, options,
+                                                    how):
+    x_0 = torch.from_numpy(TokenFile(data, "val").read(range(0, 64 * 8, 64), 64))
+    (tmp_path / "text.txt").write_bytes(bytes(x_0.flatten().tolist()))
+    text, _ = write(f"--score {tmp_path}/text.txt {options}")
+    model, _ = load_checkpoint(checkpoints / "diffusion")
+    nll = exact_nll(model, x_0, 257, **how)
+    assert (f"as sample.py writes, order {how.get('order', 'spread')}: NLL {nll.nats:.4f} "
+            f"+- {nll.stderr:.4f}") in text
+    assert "as sample.py writes" not in write(f"--score {tmp_path}/text.txt --exact")[0]
 
 
 def test_optimal_needs_a_measured_curve_except_for_a_twin(write, checkpoints):
@@ -217,6 +237,8 @@ def test_tokens_are_shown_whole_safely_and_up_to_the_end_of_text():
     ("--block-length 2 --steps 3 --length 20", "steps must be at least 10, one per block, not 3"),
     ("--repetition-penalty 0", "repetition_penalty must be at least 1e-06, not 0.0"),
     ("--score nowhere.txt", "--score nowhere.txt: No such file"),
+    (f"--score {__file__} --order random", "no exact price: chance"),
+    (f"--score {__file__} --remask conf", "no exact price: chance"),
     ("--jsonl no/such/steps.jsonl", "--jsonl no/such/steps.jsonl: there is no such folder"),
     ("--device cuda", "device cuda is not available here"),
     ("--device mps", "device mps is not available here"),

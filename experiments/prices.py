@@ -1,0 +1,148 @@
+"""What does a sampler cost, exactly? python -m experiments.prices
+
+The price of a text is -log of the probability with which a sampler writes it, at temperature 1:
+the lower, the better the sampler knows real text. Validation text is priced by order and number of
+calls, in bits per byte, with what that is more than the order spread at a token per call. All rows
+price the same texts, so differences are known better than the numbers.
+
+Where the visible tokens decide which positions come next, the price is exact (sample.exact_nll).
+That of a random order is a bound, estimated with one order per text. Then: the cheapest schedules
+of the order spread, found on other texts than they are priced on.
+"""
+
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import (
+    Model,
+    bit_reversal,
+    cheapest_schedule,
+    evaluate,
+    keyed_generator,
+    mean_and_error,
+)
+from experiments.lab.command import answer, count, flags, several
+from experiments.lab.pictures import draw
+from experiments.lab.runs import autocast
+from plumbing.checkpoint import load_checkpoint
+from plumbing.command import command
+from prepare_data import TokenFile
+from sample import denoise
+
+ORDERS = ("spread", "random", "left_to_right", "top", "margin", "entropy")
+UNIT = 4  # tokens: schedules are sought among the multiples of it
+
+
+def prices(model: Model, x_0: Tensor, mask_id: int, **options) -> Tensor:
+    """(B,): nats per token of each text (B,T)."""
+    found = []
+    for rows in x_0.split(32):
+        generator = keyed_generator(0, len(found), "prices")  # for random orders
+        with autocast():
+            *_, last = denoise(model, torch.full_like(rows, mask_id), mask_id, generator,
+                               truth=rows, **options)
+        found.append(-last.probability.double().log().mean(1))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def costs_of_steps(model: Model, x_0: Tensor, mask_id: int) -> np.ndarray:
+    """(N+1,N+1): nats per text of a step of the order spread from m hidden units to k < m."""
+    T = x_0.size(1)
+    N = T // UNIT
+    rank = bit_reversal(T).argsort().argsort()  # (T,): 0 is written first
+    costs = np.zeros((N + 1, N + 1))
+    for m in range(1, N + 1):
+        hidden = rank >= T - m * UNIT  # (T,)
+        with autocast():
+            *_, last = denoise(model, x_0.masked_fill(hidden, mask_id), mask_id, truth=x_0, steps=1,
+                               order="spread")
+        nats = -last.probability.double().log().mean(0)  # (T,) of the positions, if all at once
+        # Of the units, the last to be written first: a step from m to k commits all but k of the m.
+        units = nats[rank.argsort()].flip(0).view(N, UNIT).sum(1)[:m]  # (m,)
+        costs[m, :m] = units.flip(0).cumsum(0).flip(0)
+    return costs
+
+
+def paint(axes, calls: list[int], table: dict[str, list[Tensor]], bits: float,
+          nelbo: float) -> None:
+    for order, by_row in table.items():
+        axes.plot(calls, [bits * row.mean() for row in by_row], "o-", label=order)
+    axes.axhline(bits * nelbo, color="black", linestyle=":", label="NELBO")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(calls, calls)
+    axes.set(xlabel="model calls for a text", ylabel="price, bits per byte")
+    axes.legend()
+
+
+@command("experiments.prices")
+def main(arguments: list[str]) -> None:
+    parser = flags("prices", __doc__)
+    parser.set_defaults(checkpoint="out/quickstart", data_dir="data/sotu")
+    add = parser.add_argument
+    add("--judge", help="the autoregressive twin, if its price shall be in the table")
+    add("--texts", type=several, default=64, help="to price (default: 64)")
+    add("--calls", type=count, nargs="+", default=[4, 8, 16, 32, 64, 256])
+    add("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
+    add("--schedules", type=count, nargs="*", default=[2, 3, 4, 6, 8, 16],
+        help="calls of the schedules to be found (none: leave that out)")
+    args = parser.parse_args(arguments)
+    model, info = load_checkpoint(args.checkpoint)
+    val = TokenFile(args.data_dir, "val")
+    T = model.config.context_length
+    mask_id = model.config.mask_id
+    texts = torch.from_numpy(val.spread(2 * args.texts, T))
+    x_0 = texts[::2]
+    others = texts[1::2]  # to find schedules on
+    bits = val.num_tokens / val.num_bytes / np.log(2)  # per byte, of a nat per token
+
+    with autocast():
+        bound = evaluate(model, x_0, mask_id)
+    print(f"{len(x_0)} texts of {T} tokens, bits per byte; NELBO <= {bits * bound.nats:.3f} "
+          f"+- {bits * bound.stderr:.3f}")
+    result = {"nelbo": bits * bound.nats, "prices": {}, "schedules": {}}
+    if args.judge:
+        twin, _ = load_checkpoint(args.judge)
+        with autocast():
+            result["twin"] = bits * evaluate(twin, x_0, mask_id, "autoregressive").nats
+        print(f"the twin, exact: {result['twin']:.3f}")
+
+    base = prices(model, x_0, mask_id, order="spread")  # a token per call
+    print(f"a token per call in order spread: {bits * base.mean():.3f}\n\n{'calls':16}"
+          + "".join(f"{calls:>20}" for calls in args.calls))
+    table: dict[str, list[Tensor]] = {}
+    for order in args.orders:
+        table[order] = []
+        print(f"{order:16}", end="", flush=True)
+        for calls in args.calls:
+            by_row = prices(model, x_0, mask_id, order=order, steps=min(calls, T))
+            more, error = mean_and_error(bits * (by_row - base))
+            table[order].append(by_row)
+            print(f"  {bits * by_row.mean():.3f} {more:+.3f}+-{error:.3f}", end="", flush=True)
+            result["prices"][f"{order}, {calls}"] = [bits * by_row.mean().item(), more, error]
+        print()
+
+    if args.schedules:
+        print("\ncalls  the linear schedule  the cheapest   tokens committed in each call")
+        costs = costs_of_steps(model, others, mask_id)
+    for calls in args.schedules:
+        counts = [UNIT * units for units in cheapest_schedule(costs, calls)]
+        linear = prices(model, x_0, mask_id, order="spread", steps=calls)
+        cheapest = prices(model, x_0, mask_id, order="spread", schedule=counts)
+        more, error = mean_and_error(bits * (cheapest - linear))
+        committed = (-np.diff(counts)).tolist()
+        print(f"{calls:5} {bits * linear.mean():16.3f} {bits * cheapest.mean():16.3f} "
+              f"({more:+.3f}+-{error:.3f})  {' '.join(map(str, committed))}", flush=True)
+        result["schedules"][calls] = [bits * linear.mean().item(), more, error, committed]
+
+    draw(args.picture, lambda axes: paint(axes, args.calls, table, bits, bound.nats), width=7)
+    cheap = min(result["prices"], key=lambda name: result["prices"][name][0])
+    answer(f"the lowest price has {cheap} calls: {result['prices'][cheap][0]:.3f} bits per byte.",
+           result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
