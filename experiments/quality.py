@@ -1,11 +1,9 @@
-"""What does the time buy? Three measurements, each of which ends with a table and one JSON line:
+"""What does the time buy? Two measurements, each of which ends with a table and one JSON line:
 
     python -m experiments.quality time-to-loss configs/shakespeare.toml --minutes 20 --our-minutes 4
         minutes until train.py's validation NELBO is where the plain recipe (lab/plain.py) ends
     python -m experiments.quality twin out/bytes out/bytes-ar
         a run's NELBO beside its autoregressive twin's exact NLL, at equal tokens and at equal time
-    python -m experiments.quality frontier --checkpoint out/bytes --judge out/bytes-ar
-        likelihood under the twin against entropy of what is written, by steps and temperature
 
 Time is time spent training: compiling counts; starting, measuring and saving do not.
 """
@@ -23,11 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from diffusion import nelbo
-from experiments.lab.judge import ORDER_OPTIONS, judge, load_twins, real_text, write
-from experiments.lab.pictures import draw, paint_frontier
+from experiments.lab.pictures import draw
 from experiments.lab.plain import PlainTransformer, train_plainly
 from experiments.lab.runs import TRAIN, Point, Run, read_run
 from model import ModelConfig
@@ -36,7 +32,6 @@ from plumbing.config import ConfigError, Parser, load
 from plumbing.machine import choose_device, count_parameters
 from plumbing.terminal import show
 from prepare_data import TokenFile
-from sample import REMASKS, left_to_right_model
 from train import TrainConfig
 
 # --- Time to loss ---------------------------------------------------------------------------------
@@ -211,47 +206,6 @@ def twin(args: argparse.Namespace) -> dict:
             "twin_points": [point._asdict() for point in other.points]}
 
 
-# --- The frontier ---------------------------------------------------------------------------------
-
-
-def frontier(args: argparse.Namespace) -> dict:
-    """A table: a row for each number of steps and temperature, and of the twin's own writing."""
-    twins = load_twins(args.checkpoint, args.judge, args.data_dir)
-    N = twins.N
-    causal = left_to_right_model(twins.judge, twins.mask_id)
-    writers = {"the twin": (causal, dict(order="left_to_right", steps=N))}
-    for steps in args.steps:
-        options = ORDER_OPTIONS[args.order] | dict(remask=args.remask, steps=steps)
-        writers[f"{steps} steps"] = (twins.model, options)
-
-    print(f"{args.order}, remasking {args.remask}, {args.num_samples} samples of {N} tokens\n"
-          "writer      temperature   judge  entropy  distinct   words")
-    rows = []
-
-    def report(writer: str, temperature: float, tokens: Tensor) -> None:
-        row = judge(twins, tokens)
-        rows.append({"writer": writer, "temperature": temperature} | row)
-        print(f"{writer:12} {temperature:10.2f} {row['judge']:7.3f} {row['entropy']:8.3f} "
-              f"{row['distinct']:9.3f} {row['words']:7.1%}", flush=True)
-
-    report("real text", 1.0, real_text(twins, args.num_samples))
-    x = torch.full((args.num_samples, N), twins.mask_id)
-    for writer, (network, options) in writers.items():
-        for temperature in args.temperatures:
-            states, _ = write(network, x, twins.mask_id, temperature=temperature, **options)
-            report(writer, temperature, states[-1].tokens)
-    if args.picture:
-        lines = {writer: [row for row in rows if row["writer"] == writer] for writer in writers}
-
-        def paint(axes) -> None:
-            paint_frontier(axes, rows[0], lines)
-            axes.legend()
-
-        draw(args.picture, paint, width=8, height=5)
-    return {"checkpoint": str(args.checkpoint), "judge": str(args.judge), "order": args.order,
-            "remask": args.remask, "rows": rows}
-
-
 # --- The command ----------------------------------------------------------------------------------
 
 
@@ -260,7 +214,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(prog="experiments.quality", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="time-to-loss, twin or frontier")
+                                     metavar="time-to-loss or twin")
     look = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     further = "train.py's flags may follow, such as --data-dir"
     for_loss = commands.add_parser("time-to-loss", epilog=further, **look)
@@ -274,26 +228,15 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for_twin = commands.add_parser("twin", **look)
     for_twin.add_argument("run", type=Path, help="folder of a diffusion run")
     for_twin.add_argument("twin", type=Path, help="folder of its autoregressive twin's run")
-    for_frontier = commands.add_parser("frontier", **look)
-    add = for_frontier.add_argument
-    add("--checkpoint", type=Path, default=Path("out/bytes"), help="who writes")
-    add("--judge", type=Path, default=Path("out/bytes-ar"), help="its autoregressive twin")
-    add("--data-dir", type=Path, default=Path("data/sotu-bytes"), help="what both have read")
-    add("--num-samples", type=int, default=16, help="texts of each row")
-    add("--steps", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="model calls")
-    add("--temperatures", type=float, nargs="+", default=[0.5, 0.7, 0.85, 1.0], help="of the draws")
-    add("--order", choices=list(ORDER_OPTIONS), default="random", help="which are committed next")
-    add("--remask", choices=list(REMASKS), default="none", help="which are hidden again")
-    for one in (for_loss, for_twin, for_frontier):
+    for one in (for_loss, for_twin):
         one.add_argument("--picture", type=Path, help="draw it into this PNG")
     args, flags = parser.parse_known_args(arguments)
     if flags and args.command != "time-to-loss":
         parser.error(f"unknown argument {flags[0]!r}; {args.command} --help lists all")
-    for name in ("minutes", "our_minutes", "steps", "measurements", "num_samples", "temperatures"):
-        given = getattr(args, name, None)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and not 0 < value < math.inf:
-                parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
+    for name in ("minutes", "our_minutes", "steps", "measurements"):
+        value = getattr(args, name, None)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
     if args.picture and not args.picture.parent.is_dir():
         parser.error(f"--picture {args.picture}: there is no folder {args.picture.parent}")
     if args.picture and importlib.util.find_spec("matplotlib") is None:
@@ -307,7 +250,7 @@ def main(arguments: list[str]) -> None:
     if args.command == "time-to-loss":
         result = time_to_loss(args, flags)
     else:
-        result = twin(args) if args.command == "twin" else frontier(args)
+        result = twin(args)
     print(json.dumps(result))
 
 

@@ -16,6 +16,7 @@ from diffusion import SCHEDULES, Curve, schedule_nelbo
 from experiments import (
     adaptive,
     denoise_page,
+    frontier,
     guidance,
     masking_viz,
     prices,
@@ -191,6 +192,22 @@ def test_prices_tell_orders_apart_and_schedules_are_found(finish):
     for calls in ("2", "4"):
         committed = result["schedules"][calls][-1]
         assert len(committed) == int(calls) and sum(committed) == N
+
+
+def test_the_frontier_has_a_row_for_each_writer_and_errors_over_models(finish):
+    _, result = finish(frontier, "--checkpoints run run --judge twin --data-dir data/sotu-bytes "
+                                 "--num-samples 4 --orders spread --calls 2 5 --temperatures 0.05 "
+                                 "1")
+    rows = result["rows"]
+    assert [(row["writer"], row["calls"], row["temperature"]) for row in rows] == [
+        *itertools.product(["the twin"], [N], [0.05, 1]),
+        *itertools.product(["spread"], [2, 5], [0.05, 1])]
+    # Real words, those that the window cuts aside.
+    assert result["real"]["words"] > max(row["words"] for row in rows)
+    for cold, hot in zip(rows[::2], rows[1::2], strict=True):
+        assert cold["entropy"] < hot["entropy"]
+    assert rows[0]["judge"] < rows[1]["judge"] - 1  # what it writes cautiously it finds likely
+    assert rows[1]["judge_error"] == 0 < rows[3]["judge_error"]  # one twin, two seeds of ours
 
 
 # --- Guidance -------------------------------------------------------------------------------------

@@ -220,22 +220,7 @@ def test_a_plain_run_that_diverges_stops(workplace, started, monkeypatch, capsys
     assert capsys.readouterr().err == error
 
 
-# --- The frontier, and words ----------------------------------------------------------------------
-
-
-def test_the_frontier_has_a_row_for_each_number_of_steps_and_temperature(workplace, capsys):
-    flags = ("frontier --checkpoint run --judge twin --num-samples 4 --steps 2 5 --temperatures "
-             "0.05 1 --picture frontier.png --order")
-    assert quality.main([*flags.split(), "confidence, gumbel 1"]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert [(row["writer"], row["temperature"]) for row in rows] == [
-        ("real text", 1), *itertools.product(("the twin", "2 steps", "5 steps"), (0.05, 1))]
-    # Real words, those that the window cuts aside.
-    assert rows[0]["words"] > max(row["words"] for row in rows[1:])
-    for cold, hot in zip(rows[1::2], rows[2::2], strict=True):
-        assert cold["entropy"] < hot["entropy"]
-    assert rows[1]["judge"] < rows[2]["judge"] - 1  # what it writes cautiously it finds likely
-    assert Path("frontier.png").read_bytes().startswith(b"\x89PNG")
+# --- Words ---------------------------------------------------------------------------------------
 
 
 def test_words_are_known_from_the_training_text(workplace, capsys):
