@@ -199,8 +199,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("corpus", nargs="+", help=f"{', '.join(CORPORA)}; hf:NAME[:CONFIG], any Hugging Face "
         "dataset with a text column; or UTF-8 text files of your own")
-    add("--tokenizer", default="byte", help="byte; bpe:4096, or another number of tokens, learned "
-        "from the first 2^25 characters of the training text; or gpt2 (default: byte)")
+    add("--tokenizer", default="bpe:8192", help="bpe:8192, or another number of tokens, learned "
+        "from the first 2^25 characters of the training text; byte; or gpt2 (default: %(default)s)")
     add("--out-dir", type=Path, help="where the files go (default: data/CORPUS)")
     add("--downloads", type=Path, default=Path("data/downloads"), help="where to keep downloads")
     add("--max-documents", type=int, help="stop after so many documents")

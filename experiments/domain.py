@@ -151,9 +151,10 @@ def prepared(source: Path, folder: str) -> str:
     """The folder of the corpus, made as a user would make it, once."""
     if not (Path(folder) / "meta.json").exists():
         files = source_files(source)
-        print(f"$ python prepare_data.py {files[0]} ... ({len(files)} files) --out-dir {folder}",
-              flush=True)
-        if code := prepare_data.main([*map(str, files), "--out-dir", folder]):
+        print(f"$ python prepare_data.py {files[0]} ... ({len(files)} files) --tokenizer byte "
+              f"--out-dir {folder}", flush=True)
+        how = ["--tokenizer", "byte", "--out-dir", folder]
+        if code := prepare_data.main([*map(str, files), *how]):
             sys.exit(code)
     return folder
 

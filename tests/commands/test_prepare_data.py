@@ -139,7 +139,8 @@ def test_the_vocabularies_are_the_published_ones(gpt2):
 
 def test_the_same_text_gives_the_same_files_in_a_folder_named_after_it(tmp_path):
     (tmp_path / "my novel.txt").write_text(ENGLISH)
-    assert main("my novel.txt") == main("my novel.txt", "--out-dir", "again") == 0
+    how = ("my novel.txt", "--tokenizer", "byte")
+    assert main(*how) == main(*how, "--out-dir", "again") == 0
     once, again = (tree(Path(folder)) for folder in ("data/my-novel", "again"))
     assert sorted(path.name for path in once) == ["meta.json", "train.bin", "val.bin"]
     assert sorted(once.values()) == sorted(again.values())
@@ -218,7 +219,8 @@ def test_of_fewer_than_ten_files_each_is_split_and_of_more_every_tenth_is_for_va
 MISTAKES = [
     ("nowhere.txt", "nowhere.txt is neither a file nor a known corpus (sotu, "),
     ("folder", "folder is neither a file nor a known corpus"),
-    ("empty.txt", "empty.txt has no text for the train split"),
+    ("empty.txt --tokenizer byte", "empty.txt has no text for the train split"),
+    ("empty.txt", "it has 257 tokens at most (for any text: --tokenizer byte)"),
     ("latin1.txt", "latin1.txt is not UTF-8 text"),
     ("cut.txt", "cut.txt is not UTF-8 text"),  # it ends inside a character
     ("continuations.txt", "continuations.txt is not UTF-8 text"),  # no character begins
@@ -241,7 +243,8 @@ def test_a_mistake_gets_one_line_and_changes_nothing_on_disk(tmp_path, capsys, c
     for name, content in texts.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
     (tmp_path / "folder").mkdir()
-    main("good.txt", "--out-dir", "out")  # the dataset of before, which has to survive
+    good = main("good.txt", "--tokenizer", "byte", "--out-dir", "out")  # what has to survive
+    assert good == 0
     before = tree(tmp_path)
     capsys.readouterr()
     assert main("--out-dir", "out", *command.split()) == 2

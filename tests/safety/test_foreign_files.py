@@ -416,7 +416,8 @@ def test_a_line_of_ten_megabytes_and_an_empty_file(tmp_path):
     (tmp_path / "long.txt").write_bytes(text.encode())
     (tmp_path / "empty.txt").touch()
     files = [str(tmp_path / name) for name in ("long.txt", "empty.txt")]
-    assert prepare_data.main([*files, "--out-dir", str(tmp_path / "out")]) == 0
+    command = [*files, "--tokenizer", "byte", "--out-dir", str(tmp_path / "out")]
+    assert prepare_data.main(command) == 0
     tokens = [token for split in ("train", "val")
               for token in TokenFile(tmp_path / "out", split).tokens.tolist()]
     found = BYTE.decode_bytes([token for token in tokens if token != BYTE.eot_token])
