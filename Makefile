@@ -1,3 +1,4 @@
+# make sample       install, and write four texts with the model in pretrained/, in under a minute
 # make quickstart   install, fetch a corpus, train, write: 2 minutes on 2 CPU cores with bfloat16
 # make experiments  the learning guide's experiments: docs/guide.md
 # make twin         what they begin with: their packages, a model of bytes, and its twin GPT
@@ -12,7 +13,10 @@ BIN = .venv/bin
 # Linux: large pages for large tensors, with which a CPU trains up to 10% faster
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart experiments twin test test-slow test-reliability gpu test-oldest lint clean
+.PHONY: sample quickstart experiments twin test test-slow test-reliability gpu test-oldest lint clean
+
+sample: .venv/installed
+	$(BIN)/python sample.py --checkpoint pretrained --num-samples 4
 
 quickstart: .venv/installed
 	$(BIN)/python prepare_data.py sotu --tokenizer bpe:8192 --out-dir data/sotu

@@ -1,4 +1,4 @@
-"""Watch a text being written: python -m experiments.denoise_page STEPS.jsonl PAGE.html
+"""Watch a text being written: python -m experiments.denoise_page STEPS.jsonl PAGE.html|PICTURE.svg
 
     python sample.py --prefix "The state of the Union" --steps 40 --jsonl steps.jsonl
 
@@ -6,10 +6,14 @@ writes the steps. The page, to be opened in a browser, holds everything it needs
 library. A slider and a play button move through the steps; a token's colour is the step at which it
 was written (dark early, light late), a ring marks what was written in the step on show, and
 hovering tells the probability.
+
+The picture is of the first text alone, and moves by itself, also where scripts are forbidden, as in
+a README.
 """
 
 import json
 import sys
+from html import escape
 from pathlib import Path
 
 from plumbing.command import Mistake, command
@@ -116,19 +120,94 @@ def page(steps: list[dict]) -> str:
     return PAGE.replace("FRAMES", text)
 
 
+WIDTH = 88  # characters of a line of the picture
+SECONDS_PER_STEP = 0.45
+SECONDS_OF_REST = 4  # in which the finished text can be read
+
+PICTURE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}">
+<style>
+text {{ font: 13px ui-monospace, Menlo, Consolas, monospace; white-space: pre; fill: #1f2328 }}
+rect {{ fill: #d0d7de }}
+g * {{ animation-duration: {seconds}s; animation-iteration-count: infinite;
+       animation-timing-function: step-end }}
+{rules}
+</style>
+<rect width="100%" height="100%" style="fill: #ffffff"/>
+<g>
+{tokens}
+</g>
+</svg>
+"""
+
+
+def lay_out(texts: list[str]) -> list[tuple[int, int, str]]:
+    """(column, line, characters) of each token, broken into lines as a typewriter would."""
+    found = []
+    column = line = 0
+    for text in texts:
+        for newline in text.split("\n")[:-1]:
+            line += 1 if column or newline else 0  # no two empty lines in a row
+            column = 0
+        text = text.split("\n")[-1].replace("\t", " ")
+        text = "".join(c if c.isprintable() else "\N{MIDDLE DOT}" for c in text)  # XML wants it
+        if column + len(text) > WIDTH:
+            line += 1
+            column = 0
+        if column == 0:
+            text = text.lstrip(" ")
+        found.append((column, line, text))
+        column += len(text)
+    return found
+
+
+def picture(steps: list[dict]) -> str:
+    """An SVG of the first text, in which each token appears in its step, first in red."""
+    last = len(steps) - 1
+    seconds = last * SECONDS_PER_STEP + SECONDS_OF_REST
+    final = steps[-1]["texts"][0]
+    rules = []
+    for step in range(1, last + 1):
+        now = 100 * step * SECONDS_PER_STEP / seconds
+        then = now + 100 * SECONDS_PER_STEP / seconds
+        rules.append(f".t{step} {{ animation-name: t{step} }} "
+                     f".b{step} {{ animation-name: b{step} }}"
+                     f" @keyframes b{step} {{ {now:.2f}% {{ fill: transparent }} }}"
+                     f" @keyframes t{step} {{ 0% {{ fill: transparent }}"
+                     f" {now:.2f}% {{ fill: #cf222e }} {then:.2f}% {{ fill: #1f2328 }} }}")
+    tokens = []
+    lines = 0
+    for i, (column, line, text) in enumerate(lay_out([text or "" for text in final])):
+        # The step from which on the token is there for good.
+        step = max((n + 1 for n in range(last) if steps[n]["texts"][0][i] is None), default=0)
+        x = 12 + 7.83 * column
+        y = 24 + 20 * line
+        if step and text.strip():
+            width = 7.83 * len(text.strip()) - 2
+            left = x + 7.83 * (len(text) - len(text.lstrip()))
+            tokens.append(f'<rect class="b{step}" x="{left:.1f}" y="{y - 11}" width="{width:.1f}" '
+                          'height="14" rx="3"/>')
+        width = 7.83 * max(1, len(text))
+        tokens.append(f'<text class="t{step}" x="{x:.1f}" y="{y}" textLength="{width:.1f}">'
+                      f'{escape(text)}</text>')
+        lines = line + 1
+    return PICTURE.format(w=round(24 + 7.83 * WIDTH), h=20 + 20 * lines, seconds=seconds,
+                          rules="\n".join(rules), tokens="\n".join(tokens))
+
+
 @command("experiments.denoise_page")
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="experiments.denoise_page", description=__doc__.split("\n")[0])
     parser.add_argument("steps", metavar="STEPS.jsonl", help="what sample.py --jsonl wrote")
-    parser.add_argument("page", metavar="PAGE.html", type=Path, help="what to write")
+    parser.add_argument("page", metavar="PAGE.html", type=Path, help="what to write; or an .svg")
     args = parser.parse_args(arguments)
     try:
         with open(args.steps, encoding="utf-8") as lines:
-            text = page([json.loads(line) for line in lines])
+            steps = [json.loads(line) for line in lines]
+        text = (picture if args.page.suffix == ".svg" else page)(steps)
         args.page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise Mistake(str(error)) from None
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Mistake(f"{args.steps} is not what sample.py --jsonl writes ({error})") from None
     print(f"{args.page}: {len(text) / 1e6:.1f} MB; open it in a browser")
 

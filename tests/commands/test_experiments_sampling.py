@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -362,6 +363,30 @@ def page(tmp_path) -> Path:
             print(json.dumps(line), file=file)
     assert denoise_page.main([str(tmp_path / "steps.jsonl"), str(tmp_path / "page.html")]) == 0
     return tmp_path / "page.html"
+
+
+def test_the_picture_shows_each_token_from_its_last_step_on(page, tmp_path):
+    steps = tmp_path / "steps.jsonl"
+    lines = steps.read_text().replace('"z"', '"<z>\\u0000 &"').replace('"x"', '"\\n x"')
+    steps.write_text(lines)
+    assert denoise_page.main([str(steps), str(tmp_path / "picture.svg")]) == 0
+    svg = ElementTree.parse(tmp_path / "picture.svg").getroot()
+    tokens = svg.findall(".//{*}text")
+    shown = [(token.get("class"), token.text or "") for token in tokens]
+    assert shown == [("t0", "Hi"), ("t3", "<z>\N{MIDDLE DOT} &"), ("t2", "x"), ("t2", "y")]
+    boxes = [box.get("class") for box in svg.findall(".//{*}g/{*}rect")]
+    assert boxes == ["b3", "b2", "b2"]  # none where a token is given
+    assert len({token.get("y") for token in tokens[:2]}) == 1 < len({t.get("y") for t in tokens})
+    rules = svg.find("{*}style").text
+    moments = [float(rules.split(f"@keyframes b{step} {{ ")[1].split("%")[0]) for step in (1, 2, 3)]
+    assert 0 < moments[0] < moments[1] < moments[2] < 100
+
+
+def test_a_line_of_the_picture_is_not_overfull():
+    places = denoise_page.lay_out([" word"] * 100 + ["\n\n\nend"])
+    assert max(column + len(text) for column, _, text in places) <= denoise_page.WIDTH
+    assert places[0] == (0, 0, "word") and places[-1][0] == 0
+    assert [line for _, line, _ in places] == sorted(line for _, line, _ in places)
 
 
 def test_the_page_knows_when_each_position_became_what_it_is(page):
