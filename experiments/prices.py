@@ -7,7 +7,8 @@ price the same texts, so differences are known better than the numbers.
 
 Where the visible tokens decide which positions come next, the price is exact (sample.exact_nll).
 That of a random order is a bound, estimated with one order per text. Then: the cheapest schedules
-of the order spread, found on other texts than they are priced on.
+of the order spread, found on other texts than they are priced on; and what a hole in the middle of
+a text costs the model, which sees both sides, and the twin (--judge), which sees the left one.
 """
 
 import sys
@@ -23,6 +24,8 @@ from diffusion import (
     evaluate,
     keyed_generator,
     mean_and_error,
+    row_losses,
+    shift_right,
 )
 from experiments.lab.command import answer, count, flags, several
 from experiments.lab.pictures import draw
@@ -67,6 +70,21 @@ def costs_of_steps(model: Model, x_0: Tensor, mask_id: int) -> np.ndarray:
     return costs
 
 
+@torch.no_grad()
+def prices_of_holes(model: Model, twin: Model, x_0: Tensor, mask_id: int,
+                    length: int) -> tuple[Tensor, Tensor]:
+    """(B,) each: nats per token of a hole of `length` tokens in the middle of each text (B,T)."""
+    B, T = x_0.shape
+    hole = torch.zeros(B, T, dtype=torch.bool)
+    hole[:, (T - length) // 2 :][:, :length] = True
+    with autocast():
+        *_, last = denoise(model, x_0.masked_fill(hole, mask_id), mask_id, truth=x_0,
+                           order="spread")
+        from_the_left = row_losses(twin, shift_right(x_0, mask_id), x_0, hole)
+    ours = -last.probability.double().log().sum(1) / length  # what is given has probability 1
+    return ours, from_the_left
+
+
 def paint(axes, calls: list[int], table: dict[str, list[Tensor]], bits: float,
           nelbo: float) -> None:
     for order, by_row in table.items():
@@ -89,8 +107,9 @@ def main(arguments: list[str]) -> None:
     add("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     add("--schedules", type=count, nargs="*", default=[2, 3, 4, 6, 8, 16],
         help="calls of the schedules to be found (none: leave that out)")
+    add("--holes", type=count, nargs="+", default=[1, 5, 20, 60], help="their lengths in tokens")
     args = parser.parse_args(arguments)
-    model, info = load_checkpoint(args.checkpoint)
+    model, _ = load_checkpoint(args.checkpoint)
     val = TokenFile(args.data_dir, "val")
     T = model.config.context_length
     mask_id = model.config.mask_id
@@ -103,7 +122,7 @@ def main(arguments: list[str]) -> None:
         bound = evaluate(model, x_0, mask_id)
     print(f"{len(x_0)} texts of {T} tokens, bits per byte; NELBO <= {bits * bound.nats:.3f} "
           f"+- {bits * bound.stderr:.3f}")
-    result = {"nelbo": bits * bound.nats, "prices": {}, "schedules": {}}
+    result = {"nelbo": bits * bound.nats, "prices": {}, "schedules": {}, "holes": {}}
     if args.judge:
         twin, _ = load_checkpoint(args.judge)
         with autocast():
@@ -137,6 +156,15 @@ def main(arguments: list[str]) -> None:
         print(f"{calls:5} {bits * linear.mean():16.3f} {bits * cheapest.mean():16.3f} "
               f"({more:+.3f}+-{error:.3f})  {' '.join(map(str, committed))}", flush=True)
         result["schedules"][calls] = [bits * linear.mean().item(), more, error, committed]
+
+    if args.judge:
+        print("\na hole in the middle, nats per token  from both sides  the twin, from the left")
+    for length in args.holes if args.judge else []:
+        ours, from_the_left = prices_of_holes(model, twin, x_0, mask_id, length)
+        more, error = mean_and_error(ours - from_the_left)
+        print(f"{length:16} tokens {ours.mean():28.3f} {from_the_left.mean():24.3f} "
+              f"({more:+.3f}+-{error:.3f})", flush=True)
+        result["holes"][length] = [ours.mean().item(), from_the_left.mean().item(), more, error]
 
     draw(args.picture, lambda axes: paint(axes, args.calls, table, bits, bound.nats), width=7)
     cheap = min(result["prices"], key=lambda name: result["prices"][name][0])

@@ -11,7 +11,20 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from oracles import EXACT, JOINT, ROWS, Exact, Fixed, T, V, chi_square_p, fits, masked, seeded
+from oracles import (
+    EXACT,
+    JOINT,
+    ROWS,
+    Causal,
+    Exact,
+    Fixed,
+    T,
+    V,
+    chi_square_p,
+    fits,
+    masked,
+    seeded,
+)
 
 from diffusion import SCHEDULES, Curve, schedule_nelbo
 from experiments import (
@@ -186,13 +199,26 @@ def test_the_price_of_a_schedule_is_the_sum_of_the_costs_of_its_steps():
 
 def test_prices_tell_orders_apart_and_schedules_are_found(finish):
     _, result = finish(prices, "--checkpoint run --judge twin --data-dir data/sotu-bytes --texts 4 "
-                               "--calls 8 64 --orders spread random entropy --schedules 2 4")
+                               "--calls 8 64 --orders spread random entropy --schedules 2 4 "
+                               "--holes 3 20")
     assert list(result["prices"]) == [f"{order}, {calls}" for order in ("spread", "random",
                                       "entropy") for calls in (8, 64)]
     assert result["prices"]["spread, 64"][1:] == [0, 0]  # compared with itself
     for calls in ("2", "4"):
         committed = result["schedules"][calls][-1]
         assert len(committed) == int(calls) and sum(committed) == N
+    assert list(result["holes"]) == ["3", "20"]
+
+
+def test_a_hole_costs_what_the_conditionals_say():
+    x_0 = EXACT.sample(40)
+    ours, from_the_left = prices.prices_of_holes(EXACT, Causal(JOINT), x_0, V, 2)
+    for text, one, other in zip(x_0, ours, from_the_left, strict=True):
+        a, b, c, d = text.tolist()
+        both = EXACT.marginal[a, b, c, d] / EXACT.marginal[a, V, V, d]
+        left = EXACT.marginal[a, b, c, V] / EXACT.marginal[a, V, V, V]
+        assert one == pytest.approx(-both.log().item() / 2, abs=1e-5)
+        assert other == pytest.approx(-left.log().item() / 2, abs=1e-5)
 
 
 def test_the_frontier_has_a_row_for_each_writer_and_errors_over_models(finish):
