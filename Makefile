@@ -28,8 +28,8 @@ quickstart: .venv/installed
 
 # In the order of docs/guide.md. What they train stays in out/experiments, for the next time.
 EXPERIMENTS = masking_viz training_dynamics schedules sampling_methods temperature steps adaptive \
-	variable_masking gpt_twin repetition custom_masking prefix_lengths layers guidance structured domain \
-	proof_corpus roberta_start
+	variable_masking gpt_twin repetition custom_masking prefix_lengths layers guidance structured sudoku \
+	domain proof_corpus roberta_start
 experiments: twin
 	set -e; for name in $(EXPERIMENTS); do \
 		echo; echo "== python -m experiments.$$name"; $(BIN)/python -m experiments.$$name; done

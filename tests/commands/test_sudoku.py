@@ -1,0 +1,137 @@
+"""The sudoku experiment: its puzzles against brute force, its judge, an oracle, and to its end."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import at, seeded
+
+from experiments import sudoku
+from experiments.sudoku import CELLS, EMPTY, HOLES, ORDERS, START, make_data, solved
+
+TRAIN, HELD_OUT = make_data(num_train=80, num_held_out=12, seed=1)
+PUZZLES, GRIDS = HELD_OUT.split(CELLS, 1)
+
+
+def valid(grid: list[int]) -> bool:
+    """By the rules, written out: rows, columns and boxes of 2 x 3 hold 0 to 5."""
+    rows = [grid[6 * r : 6 * r + 6] for r in range(6)]
+    columns = [grid[c::6] for c in range(6)]
+    boxes = [[grid[6 * (r + i) + c + j] for i in range(2) for j in range(3)]
+             for r in (0, 2, 4) for c in (0, 3)]
+    return all(sorted(unit) == list(range(6)) for unit in rows + columns + boxes)
+
+
+def brute_force(puzzle: list[int]) -> list[list[int]]:
+    """All solutions, by trying permutations row by row and checking what stands above."""
+    partial = [[]]
+    for r in range(6):
+        given = puzzle[6 * r : 6 * r + 6]
+        rows = [row for row in itertools.permutations(range(6))
+                if all(g in (EMPTY, digit) for g, digit in zip(given, row, strict=True))]
+        partial = [[*above, *row] for above in partial for row in rows
+                   if all(digit not in above[c::6] for c, digit in enumerate(row))
+                   and (r % 2 == 0 or all(set(row[c : c + 3]).isdisjoint(above[-6:][c : c + 3])
+                                          for c in (0, 3)))]
+    return partial
+
+
+class Oracle:
+    """A network that knows the solutions (B,36), and says so with a confidence of its own."""
+
+    def __init__(self, grids):
+        self.logits = 9.0 * F.one_hot(grids, EMPTY) * torch.rand(*grids.shape, 1,
+                                                                 generator=seeded(0))
+
+    def __call__(self, tokens, positions=None):
+        assert tokens.shape == self.logits.shape[:2]
+        return at(self.logits, positions)
+
+
+class LeftToRightOracle(Oracle):
+    """GPT's form: it sees [START, puzzle, solution so far] and answers where the solution is."""
+
+    def __call__(self, tokens, positions):
+        assert tokens.shape[1] == 2 * CELLS and (tokens[:, 0] == START).all()
+        assert torch.equal(tokens[:, 1 : CELLS + 1], PUZZLES)
+        assert (positions % (2 * CELLS) >= CELLS).all()
+        return F.pad(self.logits, (0, 1, CELLS, 0)).flatten(0, 1)[positions]
+
+
+@pytest.mark.parametrize("rows", [HELD_OUT, TRAIN[::8]], ids=["held out", "disguised"])
+def test_puzzles_are_valid_and_have_one_solution(rows):
+    for row in rows.tolist():
+        puzzle, grid = row[:CELLS], row[CELLS:]
+        assert puzzle.count(EMPTY) == HOLES and valid(grid)
+        assert brute_force(puzzle) == [grid]
+
+
+def test_all_solutions_are_found():
+    puzzle = PUZZLES[0].tolist()
+    for cell in [cell for cell in range(CELLS) if puzzle[cell] != EMPTY][:5]:
+        puzzle[cell] = EMPTY
+    found = list(sudoku.solutions(puzzle, random.Random(0)))
+    assert len(found) > 1 and sorted(found) == sorted(brute_force(puzzle))
+
+
+def test_held_out_grids_are_never_trained_on(monkeypatch):
+    grids = set(map(tuple, TRAIN[:, CELLS:].tolist()))
+    assert len(grids) > 40 and grids.isdisjoint(map(tuple, GRIDS.tolist()))
+    # The only puzzle there is, and half of the rows are not disguised: that half is left out.
+    monkeypatch.setattr(sudoku, "make_puzzle", lambda rng: HELD_OUT[0].tolist())
+    other = TRAIN[:1]
+    monkeypatch.setattr(sudoku, "disguise", lambda rows, generator: torch.cat(
+        [rows[::2], other.expand(len(rows) // 2, -1)]))
+    train, held_out = make_data(10, 2, seed=1)
+    assert torch.equal(train, other.expand(5, -1)) and torch.equal(held_out, HELD_OUT[[0, 0]])
+
+
+def test_solved_counts_correctly():
+    assert solved(GRIDS, PUZZLES).all()
+    for cell in range(CELLS):
+        wrong = GRIDS.clone()
+        wrong[0, cell] = (wrong[0, cell] + 1) % 6  # in a clue or not
+        assert solved(wrong, PUZZLES).tolist() == [False] + [True] * (len(GRIDS) - 1)
+    assert not solved(GRIDS.roll(1, 0), PUZZLES).any()  # a valid grid that breaks clues
+    assert not solved(PUZZLES, PUZZLES).any()
+    assert solved(GRIDS.roll(1, 0), torch.full_like(GRIDS, EMPTY)).all()  # nothing to break
+
+
+def test_a_network_that_knows_the_solutions_solves_all():
+    for order, calls in itertools.product(ORDERS, (22, 4, 1)):
+        states = sudoku.write(Oracle(GRIDS), PUZZLES, order=order, steps=calls)
+        assert len(states) == calls + 1 and solved(states[-1], PUZZLES).all()
+        assert torch.equal(states[0], PUZZLES)
+        clues = PUZZLES != EMPTY
+        assert all(torch.equal(state[clues], PUZZLES[clues]) for state in states)
+    states = sudoku.write_as_gpt(LeftToRightOracle(GRIDS), PUZZLES)
+    assert len(states) == HOLES + 1 and torch.equal(states[-1], GRIDS)
+    first_hole = (PUZZLES == EMPTY).int().argmax(1)
+    assert torch.equal((states[1] != states[0]).int().argmax(1), first_hole)
+    assert ((states[1] != states[0]).sum(1) == 1).all()
+
+
+def test_the_answer_follows_the_numbers():
+    def row(who, calls, share):
+        return {"who": who, "calls": calls, "solved": share, "stderr": 0.03}
+
+    gpt = row("GPT", 22, 0.3)
+    ours = [row("margin", 22, 1.0), row("margin", 4, 0.9), row("left_to_right", 22, 0.6)]
+    text = sudoku.conclude([*ours, gpt])
+    assert "solves 100.0% in 22 calls (margin), its twin 30.0% in 22 calls (GPT)" in text
+    assert "16.5 standard errors, more than three, as already with 4 calls. Take" in text
+    assert "the same network solves 60.0% in 22 calls (left_to_right)." in text
+    text = sudoku.conclude([row("margin", 22, 0.4), row("left_to_right", 22, 0.2), gpt])
+    assert "2.4 standard errors, not three. These numbers are no reason" in text
+
+
+def test_sudoku(finish):
+    flags = "--steps 3 --batch-size 8 --train-boards 40 --boards 6 --calls 4 1 --no-compile"
+    lines, result = finish(sudoku, flags)
+    assert [row["calls"] for row in result["rows"]] == [4, 1] * len(ORDERS) + [HOLES]
+    assert len(result["lead"]) == 2 * len(ORDERS)
+    for order in ORDERS:
+        assert sum(line.startswith(f"diffusion, {order}") for line in lines) == 1
+    assert finish(sudoku, flags)[1] == result  # the same seed, the same numbers
