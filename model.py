@@ -2,9 +2,8 @@
 
     tokens (B,T) -> embedding -> n_layer x [neighbours, attention, MLP] -> head -> logits (B,T,V)
 
-It differs from GPT in one word, `causal`: a token attends to all others, not only to earlier ones.
-`causal=True` puts GPT's mask back, which makes this file also the autoregressive twin that every
-claim of this repository is compared with.
+Its GPT twin, with which every claim of this repository is compared, differs in one word:
+`causal=True` puts GPT's mask on, and a token attends to earlier ones only.
 
 The letters, everywhere: B rows, T tokens, C channels, H heads, D = C/H channels per head,
 V vocabulary entries, P predicted positions.
@@ -78,7 +77,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def mix_neighbours(x: Tensor, weights: Tensor, causal: bool) -> Tensor:
-    """Add to each token of x (B,T,C) a bit of the one before it and of the one after it.
+    """Add to each token of x (B,T,C) a bit of the one before it, and if not causal of the next.
 
     weights: (2,C), how much of each, by channel.
     """
@@ -173,6 +172,6 @@ class Transformer(nn.Module):
 
 
 def optimizer_groups(model: Transformer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices, tables): the weights of the blocks, for Muon; all others, for AdamW."""
+    """(matrices, the rest): what the blocks multiply with, for Muon; all else, for AdamW."""
     matrices = [layer.weight for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
     return matrices, [model.embedding.weight, *(block.neighbours for block in model.blocks)]

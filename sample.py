@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +47,9 @@ def random_order(hidden: Tensor, generator: Generator | None) -> Tensor:
     return torch.rand(hidden.shape, generator=generator)
 
 
-# Orders known before the network is called: what is still hidden (B,T) -> score (B,T), the highest
-# go first. The head then runs once per token in all, at the positions about to be committed.
-# To add one, write a function of two arguments and name it here.
+# Orders known before the network is called: (still hidden (B,T), generator) -> score (B,T), the
+# highest go first, on the CPU. The head then runs once per token in all, at the positions about to
+# be committed. To add one, write such a function and name it here.
 FIXED_ORDERS: dict[str, Callable[[Tensor, Generator | None], Tensor]] = {
     "random": random_order,
     # 0, 128, 64, 192, 32, ...: what is drawn together stands far apart, and hardly depends
@@ -84,7 +84,7 @@ ORDERS = {**FIXED_ORDERS, **SCORED_ORDERS}
 # The probability with which a committed token is hidden again, a number or (B,T), from
 #   limit    (1 - visible) / visible before, at most 1; more is cut (ReMDM, arXiv:2503.00307)
 #   visible  the fraction that is to be visible after this step
-#   p (B,T)  of each token when it was committed; infinity at all other positions
+#   p (B,T)  of each token when it was committed, on the CPU; infinity at all other positions
 REMASKS: dict[str, Callable[[float, float, Tensor], float | Tensor]] = {
     "none": lambda limit, visible, p: 0.0,
     "renoise": lambda limit, visible, p: 1 - visible,  # a new random mask over all that is written
@@ -98,9 +98,8 @@ REMASKS: dict[str, Callable[[float, float, Tensor], float | Tensor]] = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to denoise: the options of `denoise`, and flags of this command."""
+    """How to denoise: the options of `denoise`. Those made by `knob` are flags as well."""
 
-    # A field made by `knob` is a flag as well.
     steps: int | None = knob(None, "model calls, fewer is faster; none: one per token", low=1)
     # how many tokens stay hidden after each step: a name, or the counts [N, ..., 0]
     schedule: str | Sequence[int] = knob("linear", "how many stay hidden", (*SCHEDULES, "optimal"))
@@ -168,7 +167,7 @@ class Command(Sampler):
 
 
 class State(NamedTuple):
-    """What `denoise` has written so far. The next step starts from it: copy it to change it."""
+    """What `denoise` has written so far. It goes on from there: to change it, change a copy."""
 
     tokens: Tensor  # (B,T) int64, mask_id where hidden
     probability: Tensor  # (B,T) float32, of each token when committed; given 1, hidden 0
@@ -188,8 +187,8 @@ def denoise(model: Model, x: Tensor, mask_id: int, generator: Generator | None =
     options: the fields of Sampler. Bad ones are a ValueError at the first `next`.
     """
     sampler = Sampler(**options)
-    # Tokens stay on the model's device; the CPU keeps account of what is hidden. In a fixed order
-    # that needs no answer from a GPU, so the CPU runs ahead, and the GPU never waits for a step.
+    # Tokens stay on the model's device, the CPU keeps account of what is hidden. In a fixed order
+    # (without remask and threshold) it never has to ask a GPU, so it runs ahead of it.
     holes = (x == mask_id).cpu()  # (B,T), what there is to fill
     state = State(x.clone(), (x != mask_id).float(), calls=0)
     plans = plan_blocks(holes, sampler)
@@ -215,8 +214,7 @@ def denoise(model: Model, x: Tensor, mask_id: int, generator: Generator | None =
 
 def commit(model: Model, state: State, hidden: Tensor, quota: Tensor, progress: float,
            sampler: Sampler, generator: Generator | None) -> tuple[State, Tensor]:
-    """Commit quota[b] of the hidden positions (B,T) of each row: predict, draw, choose, write.
-    Returns the new state, and which were chosen (B,T)."""
+    """Commit quota[b] of the hidden positions (B,T) of each row; (the new state, which (B,T))."""
     score_of = sampler.order if callable(sampler.order) else SCORED_ORDERS.get(sampler.order)
     candidates = hidden
     if score_of is None:  # a fixed order
@@ -233,7 +231,7 @@ def commit(model: Model, state: State, hidden: Tensor, quota: Tensor, progress: 
               if sampler.truth is None else sampler.truth.flatten()[positions])  # (P,)
     p = confidence(log_p, tokens).exp()  # untempered: what the network itself thinks
     if score_of is not None:
-        score = score_of(log_p, tokens).cpu()  # here the host waits for a GPU
+        score = score_of(log_p, tokens).float().cpu()  # here the CPU waits for a GPU
         if sampler.gumbel:
             # Gumbel noise, falling towards 0 (MaskGIT, arXiv:2202.04200): by confidence, positions
             # are at first chosen in proportion to p^(1/gumbel), at last by p alone.
@@ -297,7 +295,7 @@ def share_out(plan: Plan, step: int, hidden: Tensor, state: State, sampler: Samp
         limit = min(1.0, (1 - after) / max(before, 1e-9))  # ReMDM's sigma_max
         p = state.probability.cpu().masked_fill(~committed, math.inf)
         sigma = REMASKS.get(sampler.remask, sampler.remask)(limit, after, p)
-        sigma = torch.as_tensor(sigma).clamp(max=limit)
+        sigma = torch.as_tensor(sigma, device="cpu").clamp(max=limit)
         remasked = committed & (random_order(hidden, generator) < sigma)
         if not ancestral:
             remasked = largest(random_order(hidden, generator), remasked, stay)  # no more may stay
@@ -354,22 +352,24 @@ def generate(model: Model, x: Tensor, mask_id: int, generator: Generator | None 
 def exact_nll(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0,
               batch_size: int = 32, **options) -> Bound:
     """-log p(x_0) / N in nats per token, where p is the probability with which `denoise` writes x_0
-    (B,T) after the prefix: no bound, as the NELBO, but exact, at temperature 1.
+    (B,T) after the prefix at temperature 1. It is exact; the NELBO is only a bound.
 
     If the visible tokens decide where to write next, a text can be written along one path only. Its
     probability is the product of what the network says of its tokens on that path, each step at
     once (DUEL, arXiv:2603.01367). ValueError if chance decides, or the token that was drawn.
-    options: order (by default "spread"), steps, schedule, block_length and adjust of Sampler.
+    options: order (default "spread"; your own must not look at the drawn tokens), steps, schedule,
+        block_length and adjust of Sampler.
     """
-    sampler = Sampler(**{"order": "spread"} | options)
+    options = {"order": "spread"} | options
     priced = ("order", "steps", "schedule", "block_length", "adjust")
-    plain = Sampler(**{name: getattr(sampler, name) for name in priced})
-    if sampler != plain or sampler.order in ("random", "ancestral", "confidence"):
+    plain = Sampler(**{name: options[name] for name in priced if name in options})
+    if Sampler(**options) != plain or plain.order in ("random", "ancestral", "confidence"):
         raise ValueError("no exact price: chance, or the drawn tokens, decide where to write next")
     by_row = []
     for rows in x_0.split(batch_size):
-        x = torch.where(torch.arange(x_0.size(1), device=x_0.device) < prefix_length, rows, mask_id)
-        *_, last = denoise(model, x, mask_id, **vars(replace(sampler, truth=rows)))
+        x = rows.clone()
+        x[:, prefix_length:] = mask_id
+        *_, last = denoise(model, x, mask_id, **options | {"truth": rows})
         by_row.append(-last.probability[:, prefix_length:].double().log().mean(1))
     return Bound(*mean_and_error(torch.cat(by_row)), None)
 

@@ -64,7 +64,7 @@ class TrainConfig:
     micro_batch_size: int = knob(0, "rows per forward pass, to fit memory (0: all)", low=0)
     optimizer: str = knob("muon", "muon: for matrices, adamw for the rest", ("muon", "adamw"))
     muon_learning_rate: float = knob(0.02, "for the matrices inside the blocks", low=1e-12)
-    learning_rate: float = knob(0.01, "for the embedding (adamw: for all; try 1e-3)", low=1e-12)
+    learning_rate: float = knob(0.01, "for all else: embedding (adamw: try 1e-3)", low=1e-12)
     weight_decay: float = knob(0.0, "decoupled, on all weights", low=0)
     warmup_steps: int = knob(50, "linear rise of the learning rates", low=0)
     decay_fraction: float = knob(0.6, "last part, in which the rates fall", low=0, high=1)
@@ -215,7 +215,7 @@ def build_model(cfg: TrainConfig, train_file: TokenFile) -> Transformer:
 
 def build_optimizers(cfg: TrainConfig, model: Transformer,
                      dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices and AdamW for the embedding, or AdamW for all."""
+    """Muon for the matrices and AdamW for the rest, or AdamW for all."""
     matrices, tables = optimizer_groups(model)
     adamw = dict(lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     if cfg.optimizer == "adamw":
@@ -246,14 +246,15 @@ def measure(cfg: TrainConfig, machine: Machine, run: Run, folder: RunFolder,
             val_file: TokenFile) -> None:
     """Evaluate the averaged weights on validation text: always the same rows and questions."""
     finished = run.step == cfg.steps
-    rows = cfg.final_eval_rows if finished else cfg.eval_rows  # more rows, smaller error
-    x_0 = torch.from_numpy(val_file.spread(rows, cfg.context_length)).to(machine.device)
-    with machine.autocast():
-        bound = evaluate(run.ema_model, x_0, run.model.config.mask_id, cfg.objective,
-                         curve_points=30 if finished else 10, batch_size=machine.rows)
-    # Nats per token depend on the tokenizer. Bits per byte can be compared.
-    bits_per_byte = bound.nats * val_file.num_tokens / val_file.num_bytes / math.log(2)
-    folder.log_evaluation(run.step, bound, bits_per_byte, len(x_0))
+    # Steps are compared on the same rows. The last is measured on more, too, for a smaller error.
+    for rows in dict.fromkeys([cfg.eval_rows, cfg.final_eval_rows][: 1 + finished]):
+        x_0 = torch.from_numpy(val_file.spread(rows, cfg.context_length)).to(machine.device)
+        with machine.autocast():
+            bound = evaluate(run.ema_model, x_0, run.model.config.mask_id, cfg.objective,
+                             curve_points=30 if finished else 10, batch_size=machine.rows)
+        # Nats per token depend on the tokenizer. Bits per byte can be compared.
+        bits_per_byte = bound.nats * val_file.num_tokens / val_file.num_bytes / math.log(2)
+        folder.log_evaluation(run.step, bound, bits_per_byte, len(x_0))
     show(f"step {run.step}: validation {describe(bound, bits_per_byte)}", stays=True)
 
 

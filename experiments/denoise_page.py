@@ -145,12 +145,12 @@ def lay_out(texts: list[str]) -> list[tuple[int, int, str]]:
     found = []
     column = line = 0
     for text in texts:
-        for newline in text.split("\n")[:-1]:
-            line += 1 if column or newline else 0  # no two empty lines in a row
+        if "\n" in text:  # tokens with newlines have nothing else to show, at least before them
+            line += 1 if column else 0
             column = 0
         text = text.split("\n")[-1].replace("\t", " ")
         text = "".join(c if c.isprintable() else "\N{MIDDLE DOT}" for c in text)  # XML wants it
-        if column + len(text) > WIDTH:
+        if column and column + len(text) > WIDTH:
             line += 1
             column = 0
         if column == 0:
@@ -177,8 +177,9 @@ def picture(steps: list[dict]) -> str:
     tokens = []
     lines = 0
     for i, (column, line, text) in enumerate(lay_out([text or "" for text in final])):
-        # The step from which on the token is there for good.
-        step = max((n + 1 for n in range(last) if steps[n]["texts"][0][i] is None), default=0)
+        # The step from which on the token is there for good. Earlier texts may have ended earlier.
+        before = [(step["texts"][0] + [None] * i)[i] for step in steps[:-1]]
+        step = max((n + 1 for n in range(last) if before[n] is None), default=0)
         x = 12 + 7.83 * column
         y = 24 + 20 * line
         if step and text.strip():

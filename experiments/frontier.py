@@ -7,6 +7,7 @@ nearest to real text, in all of them.
 """
 
 import itertools
+import math
 import sys
 
 import torch
@@ -32,14 +33,15 @@ def judged(twins, models: list[Transformer], x: Tensor, **options) -> dict:
     row = {"calls": states[-1].calls}
     for name in NUMBERS:
         mean, error = mean_and_error(torch.tensor([one[name] for one in found]))
-        row |= {name: mean, f"{name}_error": error if len(found) > 1 else 0.0}
+        row |= {name: mean, f"{name}_error": error}  # NaN for one model
     return row
 
 
 def print_row(row: dict, real: dict) -> None:
-    cells = [f"{row['writer']:16} {row['calls'] or '-':>5} {row['temperature'] or '-':>11}"]
+    cells = [f"{row['writer']:16} {row['calls'] or '-':>5} {row['temperature']:>11}"]
     for name in NUMBERS:
-        cells.append(f"{row[name]:8.3f} +-{row.get(f'{name}_error', 0):.3f}")
+        error = row.get(f"{name}_error", math.nan)
+        cells.append(f"{row[name]:8.3f} " + (f"+-{error:.3f}" if error == error else " " * 7))
     print(*cells, f"{distance(row, real):9.3f}", flush=True)
 
 
@@ -75,7 +77,7 @@ def main(arguments: list[str]) -> None:
 
     print("writer           calls temperature     judge           entropy         distinct       "
           "words     distance")
-    real = {"writer": "real text", "calls": None, "temperature": None}
+    real = {"writer": "real text", "calls": None, "temperature": "-"}
     real |= judge(twins, real_text(twins, args.num_samples))
     print_row(real, real)
     plans = [("the twin", [causal], dict(order="left_to_right"))]

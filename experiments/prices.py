@@ -2,7 +2,7 @@
 
 The price of a text is -log of the probability with which a sampler writes it, at temperature 1:
 the lower, the better the sampler knows real text. Validation text is priced by order and number of
-calls, in bits per byte, with what that is more than the order spread at a token per call. All rows
+calls, in bits per byte, and how much more than order spread costs at one token per call. All rows
 price the same texts, so differences are known better than the numbers.
 
 Where the visible tokens decide which positions come next, the price is exact (sample.exact_nll).
@@ -28,10 +28,12 @@ from diffusion import (
     shift_right,
 )
 from experiments.lab.command import answer, count, flags, several
+from experiments.lab.judge import load_twins
 from experiments.lab.pictures import draw
 from experiments.lab.runs import autocast
 from plumbing.checkpoint import load_checkpoint
 from plumbing.command import command
+from plumbing.config import ConfigError
 from prepare_data import TokenFile
 from sample import denoise
 
@@ -60,10 +62,12 @@ def costs_of_steps(model: Model, x_0: Tensor, mask_id: int) -> np.ndarray:
     costs = np.zeros((N + 1, N + 1))
     for m in range(1, N + 1):
         hidden = rank >= T - m * UNIT  # (T,)
-        with autocast():
-            *_, last = denoise(model, x_0.masked_fill(hidden, mask_id), mask_id, truth=x_0, steps=1,
-                               order="spread")
-        nats = -last.probability.double().log().mean(0)  # (T,) of the positions, if all at once
+        nats = torch.zeros(T, dtype=torch.float64)  # of the positions, if all are written at once
+        for rows in x_0.split(32):
+            with autocast():
+                *_, last = denoise(model, rows.masked_fill(hidden, mask_id), mask_id, truth=rows,
+                                   steps=1, order="spread")
+            nats -= last.probability.double().log().sum(0) / len(x_0)
         # Of the units, the last to be written first: a step from m to k commits all but k of the m.
         units = nats[rank.argsort()].flip(0).view(N, UNIT).sum(1)[:m]  # (m,)
         costs[m, :m] = units.flip(0).cumsum(0).flip(0)
@@ -74,15 +78,17 @@ def costs_of_steps(model: Model, x_0: Tensor, mask_id: int) -> np.ndarray:
 def prices_of_holes(model: Model, twin: Model, x_0: Tensor, mask_id: int,
                     length: int) -> tuple[Tensor, Tensor]:
     """(B,) each: nats per token of a hole of `length` tokens in the middle of each text (B,T)."""
-    B, T = x_0.shape
-    hole = torch.zeros(B, T, dtype=torch.bool)
-    hole[:, (T - length) // 2 :][:, :length] = True
+    hole = torch.zeros(x_0.shape, dtype=torch.bool)
+    hole[:, (x_0.size(1) - length) // 2 :][:, :length] = True
+    ours = []
     with autocast():
-        *_, last = denoise(model, x_0.masked_fill(hole, mask_id), mask_id, truth=x_0,
-                           order="spread")
+        for rows in x_0.masked_fill(hole, mask_id).split(32):
+            truth = x_0[32 * len(ours) :][: len(rows)]
+            *_, last = denoise(model, rows, mask_id, truth=truth, order="spread")
+            # What is given has probability 1.
+            ours.append(-last.probability.double().log().sum(1) / length)
         from_the_left = row_losses(twin, shift_right(x_0, mask_id), x_0, hole)
-    ours = -last.probability.double().log().sum(1) / length  # what is given has probability 1
-    return ours, from_the_left
+    return torch.cat(ours), from_the_left
 
 
 def paint(axes, calls: list[int], table: dict[str, list[Tensor]], bits: float,
@@ -101,7 +107,7 @@ def main(arguments: list[str]) -> None:
     parser = flags("prices", __doc__)
     parser.set_defaults(checkpoint="out/quickstart", data_dir="data/sotu")
     add = parser.add_argument
-    add("--judge", help="the autoregressive twin, if its price shall be in the table")
+    add("--judge", help="the autoregressive twin, to compare with")
     add("--texts", type=several, default=64, help="to price (default: 64)")
     add("--calls", type=count, nargs="+", default=[4, 8, 16, 32, 64, 256])
     add("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
@@ -109,11 +115,22 @@ def main(arguments: list[str]) -> None:
         help="calls of the schedules to be found (none: leave that out)")
     add("--holes", type=count, nargs="+", default=[1, 5, 20, 60], help="their lengths in tokens")
     args = parser.parse_args(arguments)
-    model, _ = load_checkpoint(args.checkpoint)
-    val = TokenFile(args.data_dir, "val")
+    if args.judge:
+        twins = load_twins(args.checkpoint, args.judge, args.data_dir)  # they fit each other
+        model = twins.model
+        val = twins.val
+    else:
+        model, info = load_checkpoint(args.checkpoint)
+        val = TokenFile(args.data_dir, "val")
+        if val.tokenizer != info["tokenizer"]:
+            raise ConfigError(f"{args.data_dir} is in tokens of {val.tokenizer}, "
+                              f"{args.checkpoint} of {info['tokenizer']}")
     T = model.config.context_length
     mask_id = model.config.mask_id
     texts = torch.from_numpy(val.spread(2 * args.texts, T))
+    if len(texts) < 4 or T % UNIT:
+        raise ConfigError(f"{len(texts)} texts of {T} tokens will not do: at least 4 are needed, "
+                          f"of a multiple of {UNIT} tokens")
     x_0 = texts[::2]
     others = texts[1::2]  # to find schedules on
     bits = val.num_tokens / val.num_bytes / np.log(2)  # per byte, of a nat per token
@@ -124,9 +141,8 @@ def main(arguments: list[str]) -> None:
           f"+- {bits * bound.stderr:.3f}")
     result = {"nelbo": bits * bound.nats, "prices": {}, "schedules": {}, "holes": {}}
     if args.judge:
-        twin, _ = load_checkpoint(args.judge)
         with autocast():
-            result["twin"] = bits * evaluate(twin, x_0, mask_id, "autoregressive").nats
+            result["twin"] = bits * evaluate(twins.judge, x_0, mask_id, "autoregressive").nats
         print(f"the twin, exact: {result['twin']:.3f}")
 
     base = prices(model, x_0, mask_id, order="spread")  # a token per call
@@ -147,7 +163,7 @@ def main(arguments: list[str]) -> None:
     if args.schedules:
         print("\ncalls  the linear schedule  the cheapest   tokens committed in each call")
         costs = costs_of_steps(model, others, mask_id)
-    for calls in args.schedules:
+    for calls in (min(calls, T // UNIT) for calls in args.schedules):
         counts = [UNIT * units for units in cheapest_schedule(costs, calls)]
         linear = prices(model, x_0, mask_id, order="spread", steps=calls)
         cheapest = prices(model, x_0, mask_id, order="spread", schedule=counts)
@@ -160,7 +176,7 @@ def main(arguments: list[str]) -> None:
     if args.judge:
         print("\na hole in the middle, nats per token  from both sides  the twin, from the left")
     for length in args.holes if args.judge else []:
-        ours, from_the_left = prices_of_holes(model, twin, x_0, mask_id, length)
+        ours, from_the_left = prices_of_holes(model, twins.judge, x_0, mask_id, length)
         more, error = mean_and_error(ours - from_the_left)
         print(f"{length:16} tokens {ours.mean():28.3f} {from_the_left.mean():24.3f} "
               f"({more:+.3f}+-{error:.3f})", flush=True)

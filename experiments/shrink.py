@@ -1,6 +1,6 @@
 """A checkpoint to give away: python -m experiments.shrink out/pretrained pretrained
 
-It keeps the weights in bfloat16, which is half of the bytes and costs next to nothing (both bounds
+It keeps the weights in bfloat16, which is half of the bytes and costs next to nothing (both losses
 are printed), with the log and the vocabulary. sample.py and --init-from read it as any other.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from diffusion import evaluate
+from experiments.lab.command import count
 from plumbing.checkpoint import load_checkpoint, read_tensors, write_tensors
 from plumbing.command import command
 from plumbing.config import Parser
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, help="the folder of a finished run")
     add("out_dir", type=Path, help="the folder to write")
-    add("--rows", type=int, default=64, help="of validation text to compare on (default: 64)")
+    add("--rows", type=count, default=64, help="of validation text to compare on (default: 64)")
     args = parser.parse_args(arguments)
     tensors, info = read_tensors(args.checkpoint / "model.safetensors")
     val = TokenFile(info["config"]["data_dir"], "val")
@@ -38,7 +39,8 @@ def main(arguments: list[str]) -> None:
         x_0 = torch.from_numpy(val.spread(args.rows, model.config.context_length))
         bound = evaluate(model, x_0, model.config.mask_id, info["config"]["objective"])
         size = (folder / "model.safetensors").stat().st_size
-        print(f"{folder}: {size / 1e6:.1f} MB, <= {bound.nats:.4f} nats per token")
+        print(f"{folder}: {size / 1e6:.1f} MB, {'<= ' if bound.curve else ''}{bound.nats:.4f} nats "
+              "per token")
 
 
 if __name__ == "__main__":

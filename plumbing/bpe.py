@@ -97,7 +97,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     while len(ranks) < vocab_size - 1:
         if not queue:
             raise DataError(f"bpe:{vocab_size} is too much for this text: it has "
-                            f"{len(ranks) + 1} tokens at most (for any text: --tokenizer byte)")
+                            f"{len(ranks) + 1} tokens at most (--tokenizer byte suits any text)")
         count, token = heapq.heappop(queue)
         if -count != count_of[token]:  # it has become rarer since: back into the queue
             if count_of[token]:

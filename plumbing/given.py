@@ -66,8 +66,8 @@ def options_for(cmd, info: dict, tokenizer: tiktoken.Encoding) -> dict:
 
 def score(cmd, model: Transformer, info: dict, tokenizer: tiktoken.Encoding,
           exact_nll: Callable[..., Bound]) -> None:
-    """Print what a text costs: the bound (GPT: exact), the loss by mask level, and what it costs
-    the sampler that the options describe, at temperature 1."""
+    """Print what a text costs: the bound (GPT: exact), the loss by mask level, and, where it is
+    exact, the price of the sampler that the options describe."""
     try:
         ids = tokenizer.encode_ordinary(Path(cmd.score).read_bytes().decode())  # line ends as is
     except (OSError, UnicodeDecodeError) as error:
@@ -80,18 +80,19 @@ def score(cmd, model: Transformer, info: dict, tokenizer: tiktoken.Encoding,
     x_0 = x_0.to(model.rotary.device)
     mask_id = model.config.mask_id
     objective = info["config"]["objective"]
-    exact = None  # the price of --exact is the bound, GPT's its NLL, which are measured anyway
-    if objective == "diffusion" and not cmd.exact:
-        options = options_for(cmd, info, tokenizer)
-        for name in ("temperature", "top_k", "top_p"):
-            del options[name]
-        exact = exact_nll(model, x_0, mask_id, **options)
     bound = evaluate(model, x_0, mask_id, objective, curve_points=20)
     # Bits per byte compare models of different tokenizers; nats per token don't.
     num_bytes = len(tokenizer.decode_bytes(x_0.flatten().tolist()))
     bits_per_nat = x_0.numel() / math.log(2) / num_bytes
     print(describe(bound, bound.nats * bits_per_nat))
-    if exact:
-        text = describe(exact, exact.nats * bits_per_nat)
-        print(f"  as sample.py writes, order {cmd.order}: {text}")
+    if objective == "diffusion" and not cmd.exact:  # else that is what was just printed
+        options = options_for(cmd, info, tokenizer)
+        for name in ("temperature", "top_k", "top_p"):  # it is of temperature 1
+            del options[name]
+        try:
+            exact = exact_nll(model, x_0, mask_id, **options)
+            print(f"order {cmd.order} in {options['steps'] or T} calls, at temperature 1: "
+                  f"{describe(exact, exact.nats * bits_per_nat)}")
+        except ValueError as error:
+            print(f"order {cmd.order}: {error}")
     print(f"  from {x_0.numel()} of {len(ids)} tokens, in rows of {T}")

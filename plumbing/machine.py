@@ -94,10 +94,10 @@ def hand_over(batch: NamedTuple, device: torch.device) -> NamedTuple:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device: from pinned memory a GPU fetches it, and nobody waits."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    """To the device; to a CUDA GPU without waiting, through pinned memory."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fetch(numbers: Tensor) -> Callable[[], list[float]]:

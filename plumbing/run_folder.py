@@ -140,7 +140,7 @@ class RunFolder:
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.master = master
-        self.evaluation: dict | None = None  # of this step, until it is saved
+        self.evaluations: list[dict] = []  # of this step, until it is saved
 
     def open(self, run: Run) -> None:
         """Start a run, or go on where it stopped. ConfigError, CheckpointError if that can't be."""
@@ -207,20 +207,23 @@ class RunFolder:
         evaluation = {"step": step, "nats": bound.nats, "stderr": bound.stderr, "rows": rows,
                       "bits_per_byte": bits_per_byte, "curve": curve}
         # JSON has no NaN: a standard error of one row becomes null.
-        self.evaluation = json.loads(json.dumps(evaluation), parse_constant=lambda nan: None)
-        self.log(self.evaluation)
+        evaluation = json.loads(json.dumps(evaluation), parse_constant=lambda nan: None)
+        self.evaluations.append(evaluation)
+        self.log(evaluation)
 
     def save(self, run: Run) -> None:
         """model.safetensors if this is the best evaluation so far, and state.safetensors."""
         run.receive()  # nothing is saved after NaN or infinity
-        evaluation = self.evaluation
-        self.evaluation = None
+        # The first is on the rows on which steps are compared, the last tells most.
+        nats = self.evaluations[0]["nats"] if self.evaluations else math.inf
+        evaluation = self.evaluations[-1] if self.evaluations else None
+        self.evaluations = []
         info = {"model": dataclasses.asdict(run.model.config),
                 "config": dataclasses.asdict(self.cfg), "tokenizer": self.tokenizer,
                 "step": run.step, "evaluation": evaluation}
         # Until the first evaluation any model is better than none.
-        if run.best == math.inf or evaluation and evaluation["nats"] < run.best:
-            run.best = evaluation["nats"] if evaluation else math.inf
+        if run.best == math.inf or nats < run.best:
+            run.best = nats
             write_tensors(self.path / "model.safetensors", run.ema_model.state_dict(), info)
         os.fsync(self.log_file.fileno())
         info["best"] = run.best if run.best < math.inf else None

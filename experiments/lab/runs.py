@@ -99,12 +99,12 @@ class Run(NamedTuple):
 
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
-    """(lines of training, evaluations) of a run's log.jsonl."""
+    """(lines of training, the last evaluation of each step) of a run's log.jsonl."""
     text = (folder / "log.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     training = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "nats" in line]
-    return training, evaluations
+    evaluations = {line["step"]: line for line in lines if "nats" in line}
+    return training, list(evaluations.values())
 
 
 def read_run(folder: Path) -> Run:

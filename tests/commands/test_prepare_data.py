@@ -220,7 +220,7 @@ MISTAKES = [
     ("nowhere.txt", "nowhere.txt is neither a file nor a known corpus (sotu, "),
     ("folder", "folder is neither a file nor a known corpus"),
     ("empty.txt --tokenizer byte", "empty.txt has no text for the train split"),
-    ("empty.txt", "it has 257 tokens at most (for any text: --tokenizer byte)"),
+    ("empty.txt", "it has 257 tokens at most (--tokenizer byte suits any text)"),
     ("latin1.txt", "latin1.txt is not UTF-8 text"),
     ("cut.txt", "cut.txt is not UTF-8 text"),  # it ends inside a character
     ("continuations.txt", "continuations.txt is not UTF-8 text"),  # no character begins

@@ -14,6 +14,7 @@ import torch
 from tiny_runs import TINY, everything, flags, log, run, state
 
 import train
+from diffusion import Bound, Curve
 from plumbing.checkpoint import load_checkpoint, read_tensors
 from plumbing.machine import Machine
 from plumbing.muon import Muon
@@ -165,9 +166,10 @@ def test_it_learns_one_text_by_heart(tmp_path):
     # apart: in a row that is all hidden, rotary positions make all of them look the same.
     text = "Fellow citizens of the Senate a"  # and an end-of-text token
     write_dataset(iter([("train", [text]), ("val", [text])]), "byte", tmp_path, "one line")
-    first, *_, last, _ = log(run(tmp_path, tmp_path / "out", steps=300, prefix_length=8,
-                                 weighting="nelbo", muon_learning_rate=0.03))
-    assert first["loss"] > 4 and last["loss"] < 0.05
+    lines = log(run(tmp_path, tmp_path / "out", steps=300, prefix_length=8, weighting="nelbo",
+                    muon_learning_rate=0.03))
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[0] > 4 and losses[-1] < 0.05
 
 
 def test_averaged_weights_with_no_memory_are_the_weights(data, tmp_path):
@@ -248,3 +250,21 @@ def test_a_mistake_gets_one_line_and_changes_nothing_on_disk(desk, monkeypatch, 
     assert printed.out == "" and message in printed.err
     assert printed.err.startswith("train.py: ") and printed.err.count("\n") == 1
     assert before == {path: path.is_file() and path.read_bytes() for path in desk.rglob("*")}
+
+
+def test_the_best_step_is_kept_by_its_loss_on_the_rows_that_all_steps_are_measured_on(
+        data, tmp_path, monkeypatch):
+    # On few rows the second evaluation is the best, on many rows any would look worse than that.
+    nats = iter([(4, 3.0), (4, 2.0), (4, 1.9), (9, 2.5)])
+
+    def evaluate(model, x_0, *_, **options):
+        rows, value = next(nats)
+        assert len(x_0) == rows
+        return Bound(value, 0.1, Curve(32, [32], [value], [0.1]))
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    out = run(data, tmp_path / "out", steps=12, eval_interval=4, eval_rows=4, final_eval_rows=9)
+    _, info = read_tensors(out / "model.safetensors")
+    assert info["step"] == 12
+    assert (info["evaluation"]["nats"], info["evaluation"]["rows"]) == (2.5, 9)
+    assert [line["nats"] for line in log(out) if "nats" in line] == [3.0, 2.0, 1.9, 2.5]

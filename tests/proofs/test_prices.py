@@ -87,7 +87,7 @@ def test_the_mean_and_its_error_are_over_rows_however_they_are_batched():
 
 
 @torch.no_grad()
-def test_left_to_right_a_causal_network_costs_its_nll_and_head_and_rows_do_not_matter():
+def test_left_to_right_a_causal_network_costs_its_nll():
     net = Transformer(ModelConfig(11, 16, n_layer=2, n_head=2, n_embd=32, causal=True))
     for weight in net.parameters():
         weight.normal_(std=weight.size(-1) ** -0.5, generator=seeded(0))

@@ -25,6 +25,7 @@ from torch import nn
 
 import train
 from diffusion import evaluate
+from model import ModelConfig, Transformer
 from plumbing import machine
 from plumbing.checkpoint import load_checkpoint, read_tensors, write_tensors
 from prepare_data import TokenFile
@@ -432,6 +433,17 @@ def test_older_networks_are_what_they_were(before, data):
     x_0 = torch.from_numpy(TokenFile(data, "val").spread(8, 32))
     bound = evaluate(model, x_0, model.config.mask_id, batch_size=8)
     assert bound.nats == pytest.approx(info["evaluation"]["nats"], abs=1e-4)
+
+
+def test_neighbours_of_the_embedding_are_those_of_the_first_block(tmp_path):
+    net = Transformer(ModelConfig(5, 8, n_layer=2, n_head=1, n_embd=2))
+    tensors = dict(net.state_dict())
+    del tensors["blocks.1.neighbours"]
+    tensors["neighbours"] = tensors.pop("blocks.0.neighbours") + 3
+    info = {"model": vars(net.config), "config": {"objective": "diffusion"}, "tokenizer": "byte"}
+    write_tensors(tmp_path / "model.safetensors", tensors, info)
+    first, second = load_checkpoint(tmp_path)[0].blocks
+    assert (first.neighbours == 3).all() and (second.neighbours == 0).all()
 
 
 def test_a_run_of_older_code_is_refused_and_left_as_it_is(data, tmp_path, capsys):
