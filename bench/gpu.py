@@ -241,7 +241,8 @@ def main(arguments: list[str]) -> None:
             "shakespeare": "data/shakespeare"}
     if args.smoke:  # this repository's own prose has to do
         data = dict.fromkeys(data, str(OUT / "data"))
-        report.run("data", f"prepare_data.py docs/guide.md --out-dir {OUT / 'data'}", 60)
+        how = f"--tokenizer byte --out-dir {OUT / 'data'}"
+        report.run("data", f"prepare_data.py docs/guide.md {how}", 60)
     proofs(report)
     ceilings(report, args.device)
     training(report, args.smoke)
