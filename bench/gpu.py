@@ -167,10 +167,10 @@ def train(report: Report, config: str, data_dir: str, flags: str, seconds: float
         speed = statistics.median(line["tokens_per_second"] for line in steps[1:] or steps)
         found.append(f"{last['step']} steps in {last['seconds']:.0f} s, {speed:,.0f} tokens/s, "
                      f"loss {last['loss']:.3f}")
-    for line in lines:
-        if "nats" in line:
-            found.append(f"after {line['step']} steps <= {line['bits_per_byte']:.3f} bits/byte "
-                         f"({line['nats']:.3f} nats a token)")
+    # The last step is measured twice, at last on more rows.
+    for step, line in {line["step"]: line for line in lines if "nats" in line}.items():
+        found.append(f"after {step} steps <= {line['bits_per_byte']:.3f} bits/byte "
+                     f"({line['nats']:.3f} nats a token)")
     if watch is not None:
         found.append(f"the GPU is busy for {busy_fraction(*watch):.0%} of the time")
     report.add(f"python {what}", "; ".join(found), lines)
