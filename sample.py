@@ -66,7 +66,7 @@ def confidence(log_p: Tensor, tokens: Tensor) -> Tensor:
 
 
 def margin(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """How far the most likely token is ahead of the second, as a logarithm."""
+    """log(p1 - p2) of the two most likely tokens."""
     first, second = log_p.exp().topk(2, dim=1).values.unbind(1)
     return (first - second).log()
 
@@ -82,7 +82,7 @@ SCORED_ORDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 ORDERS = {**FIXED_ORDERS, **SCORED_ORDERS}
 
 # The probability with which a committed token is hidden again, a number or (B,T), from
-#   limit    (1 - visible) / visible before, at most 1; more is cut (ReMDM, arXiv:2503.00307)
+#   limit    ReMDM's sigma_max = min(1, (1 - visible) / visible before); more is cut (2503.00307)
 #   visible  the fraction that is to be visible after this step
 #   p (B,T)  of each token when it was committed, on the CPU; infinity at all other positions
 REMASKS: dict[str, Callable[[float, float, Tensor], float | Tensor]] = {
@@ -188,7 +188,7 @@ def denoise(model: Model, x: Tensor, mask_id: int, generator: Generator | None =
     """
     sampler = Sampler(**options)
     # Tokens stay on the model's device, the CPU keeps account of what is hidden. In a fixed order
-    # (without remask and threshold) it never has to ask a GPU, so it runs ahead of it.
+    # (without remask and threshold) it never waits for a GPU, but for the check at the end.
     holes = (x == mask_id).cpu()  # (B,T), what there is to fill
     state = State(x.clone(), (x != mask_id).float(), calls=0)
     plans = plan_blocks(holes, sampler)
@@ -221,7 +221,7 @@ def commit(model: Model, state: State, hidden: Tensor, quota: Tensor, progress: 
         chosen = largest(FIXED_ORDERS[sampler.order](hidden, generator), hidden, quota)  # (B,T)
         if sampler.threshold is None:
             candidates = chosen  # what isn't committed now needn't be predicted now
-    indices = candidates.flatten().nonzero().squeeze(1)  # (P,)
+    indices = candidates.flatten().nonzero().squeeze(1)  # (P,), flat, on the CPU
     positions = send(indices, state.tokens.device)
     logits = model(state.tokens, positions)
     if sampler.adjust is not None:
@@ -238,13 +238,13 @@ def commit(model: Model, state: State, hidden: Tensor, quota: Tensor, progress: 
             noise = -torch.empty(len(score)).exponential_(generator=generator).log()
             score = score + sampler.gumbel * (1 - progress) * noise
         chosen = largest(torch.zeros(hidden.shape).masked_scatter(hidden, score), hidden, quota)
-    if sampler.threshold is not None:
+    if sampler.threshold is not None:  # here, and in scored orders, the candidates are all hidden
         chosen = chosen.masked_scatter(hidden, chosen[hidden] | (p > sampler.threshold).cpu())
-    now = send(chosen.flatten()[indices], p.device)  # (P,) bool: committed in this step
+    committed = send(chosen.flatten()[indices], p.device)  # (P,) bool
     x = state.tokens.clone()
     probability = state.probability.clone()
-    x.view(-1)[positions] = tokens.where(now, x.view(-1)[positions])
-    probability.view(-1)[positions] = p.where(now, 0)
+    x.view(-1)[positions] = tokens.where(committed, x.view(-1)[positions])
+    probability.view(-1)[positions] = p.where(committed, 0)
     return State(x, probability, state.calls + 1), chosen
 
 
