@@ -145,7 +145,7 @@ def lay_out(texts: list[str]) -> list[tuple[int, int, str]]:
     found = []
     column = line = 0
     for text in texts:
-        if "\n" in text:  # tokens with newlines have nothing else to show, at least before them
+        if "\n" in text:  # in our vocabularies, nothing stands before it in the same token
             line += 1 if column else 0
             column = 0
         text = text.split("\n")[-1].replace("\t", " ")

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion import mean_and_error
 from experiments.lab.command import answer, count, flags, several
 from experiments.lab.judge import ORDER_OPTIONS, distance, judge, load_twins, real_text, write
-from experiments.lab.pictures import draw
+from experiments.lab.pictures import draw, paint_frontier
 from model import Transformer
 from plumbing.command import command
 from sample import left_to_right_model
@@ -47,13 +47,10 @@ def print_row(row: dict, real: dict) -> None:
 
 def paint(axes, real: dict, rows: list[dict]) -> None:
     """A line for each writer and number of calls, through its temperatures."""
-    axes.plot(real["entropy"], real["judge"], "*", markersize=16, color="black", label="real text")
-    for (writer, calls), line in itertools.groupby(rows, lambda row: (row["writer"], row["calls"])):
-        line = list(line)
-        axes.errorbar(*([row[name] for row in line] for name in ("entropy", "judge")),
-                      *([row[f"{name}_error"] for row in line] for name in ("judge", "entropy")),
-                      marker="o", label=f"{writer}, {calls} calls")
-    axes.set(xlabel="entropy of a text's tokens, nats", ylabel="nats per token under the twin")
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        lines.setdefault(f"{row['writer']}, {row['calls']} calls", []).append(row)
+    paint_frontier(axes, real, lines)
     axes.legend(fontsize="small")
 
 

@@ -41,37 +41,35 @@ ORDERS = ("spread", "random", "left_to_right", "top", "margin", "entropy")
 UNIT = 4  # tokens: schedules are sought among the multiples of it
 
 
-def prices(model: Model, x_0: Tensor, mask_id: int, **options) -> Tensor:
-    """(B,): nats per token of each text (B,T)."""
+def costs(model: Model, x: Tensor, truth: Tensor, mask_id: int, **options) -> Tensor:
+    """(B,T): nats of each token of `truth` (B,T) if `denoise` writes it into x; of given ones 0."""
     found = []
-    for rows in x_0.split(32):
+    for rows, goal in zip(x.split(32), truth.split(32), strict=True):
         generator = keyed_generator(0, len(found), "prices")  # for random orders
         with autocast():
-            *_, last = denoise(model, torch.full_like(rows, mask_id), mask_id, generator,
-                               truth=rows, **options)
-        found.append(-last.probability.double().log().mean(1))
+            *_, last = denoise(model, rows, mask_id, generator, truth=goal, **options)
+        found.append(-last.probability.double().log())
     return torch.cat(found)
 
 
-@torch.no_grad()
+def prices(model: Model, x_0: Tensor, mask_id: int, **options) -> Tensor:
+    """(B,): nats per token of each text (B,T)."""
+    return costs(model, torch.full_like(x_0, mask_id), x_0, mask_id, **options).mean(1)
+
+
 def costs_of_steps(model: Model, x_0: Tensor, mask_id: int) -> np.ndarray:
     """(N+1,N+1): nats per text of a step of the order spread from m hidden units to k < m."""
     T = x_0.size(1)
     N = T // UNIT
     rank = bit_reversal(T).argsort().argsort()  # (T,): 0 is written first
-    costs = np.zeros((N + 1, N + 1))
+    found = np.zeros((N + 1, N + 1))
     for m in range(1, N + 1):
-        hidden = rank >= T - m * UNIT  # (T,)
-        nats = torch.zeros(T, dtype=torch.float64)  # of the positions, if all are written at once
-        for rows in x_0.split(32):
-            with autocast():
-                *_, last = denoise(model, rows.masked_fill(hidden, mask_id), mask_id, truth=rows,
-                                   steps=1, order="spread")
-            nats -= last.probability.double().log().sum(0) / len(x_0)
+        x = x_0.masked_fill(rank >= T - m * UNIT, mask_id)
+        nats = costs(model, x, x_0, mask_id, steps=1, order="spread").mean(0)  # (T,), all at once
         # Of the units, the last to be written first: a step from m to k commits all but k of the m.
         units = nats[rank.argsort()].flip(0).view(N, UNIT).sum(1)[:m]  # (m,)
-        costs[m, :m] = units.flip(0).cumsum(0).flip(0)
-    return costs
+        found[m, :m] = units.flip(0).cumsum(0).flip(0)
+    return found
 
 
 @torch.no_grad()
@@ -80,15 +78,11 @@ def prices_of_holes(model: Model, twin: Model, x_0: Tensor, mask_id: int,
     """(B,) each: nats per token of a hole of `length` tokens in the middle of each text (B,T)."""
     hole = torch.zeros(x_0.shape, dtype=torch.bool)
     hole[:, (x_0.size(1) - length) // 2 :][:, :length] = True
-    ours = []
+    x = x_0.masked_fill(hole, mask_id)
+    ours = costs(model, x, x_0, mask_id, order="spread").sum(1) / length
     with autocast():
-        for rows in x_0.masked_fill(hole, mask_id).split(32):
-            truth = x_0[32 * len(ours) :][: len(rows)]
-            *_, last = denoise(model, rows, mask_id, truth=truth, order="spread")
-            # What is given has probability 1.
-            ours.append(-last.probability.double().log().sum(1) / length)
         from_the_left = row_losses(twin, shift_right(x_0, mask_id), x_0, hole)
-    return torch.cat(ours), from_the_left
+    return ours, from_the_left
 
 
 def paint(axes, calls: list[int], table: dict[str, list[Tensor]], bits: float,
@@ -162,9 +156,9 @@ def main(arguments: list[str]) -> None:
 
     if args.schedules:
         print("\ncalls  the linear schedule  the cheapest   tokens committed in each call")
-        costs = costs_of_steps(model, others, mask_id)
+        step_costs = costs_of_steps(model, others, mask_id)
     for calls in (min(calls, T // UNIT) for calls in args.schedules):
-        counts = [UNIT * units for units in cheapest_schedule(costs, calls)]
+        counts = [UNIT * units for units in cheapest_schedule(step_costs, calls)]
         linear = prices(model, x_0, mask_id, order="spread", steps=calls)
         cheapest = prices(model, x_0, mask_id, order="spread", schedule=counts)
         more, error = mean_and_error(bits * (cheapest - linear))

@@ -66,8 +66,8 @@ def options_for(cmd, info: dict, tokenizer: tiktoken.Encoding) -> dict:
 
 def score(cmd, model: Transformer, info: dict, tokenizer: tiktoken.Encoding,
           exact_nll: Callable[..., Bound]) -> None:
-    """Print what a text costs: the bound (GPT: exact), the loss by mask level, and, where it is
-    exact, the price of the sampler that the options describe."""
+    """Print what a text costs: the bound (GPT: exact), the loss by mask level, and the price of the
+    sampler that the options describe, by exact_nll of sample.py, which plumbing may not import."""
     try:
         ids = tokenizer.encode_ordinary(Path(cmd.score).read_bytes().decode())  # line ends as is
     except (OSError, UnicodeDecodeError) as error:
