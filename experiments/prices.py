@@ -7,11 +7,15 @@ price the same texts, so differences are known better than the numbers.
 
 Where the visible tokens decide which positions come next, the price is exact (sample.exact_nll).
 That of a random order is a bound, estimated with one order per text. Then: the cheapest schedules
-of the order spread, found on other texts than they are priced on; and what a hole in the middle of
-a text costs the model, which sees both sides, and the twin (--judge), which sees the left one.
+of the order spread, found on other texts than they are priced on; and what a word or a sentence in
+the middle of a text costs the model, which sees both sides of it, and the twin (--judge), which
+sees the left one.
 """
 
+import itertools
+import re
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,18 +31,19 @@ from diffusion import (
     row_losses,
     shift_right,
 )
-from experiments.lab.command import answer, count, flags, several
+from experiments.lab.command import count, flags, report, several
 from experiments.lab.judge import load_twins
 from experiments.lab.pictures import draw
 from experiments.lab.runs import autocast
 from plumbing.checkpoint import load_checkpoint
 from plumbing.command import command
 from plumbing.config import ConfigError
-from prepare_data import TokenFile
+from prepare_data import TokenFile, get_tokenizer
 from sample import denoise
 
 ORDERS = ("spread", "random", "left_to_right", "top", "margin", "entropy")
 UNIT = 4  # tokens: schedules are sought among the multiples of it
+HOLES = {"a word": rb" [A-Za-z]+", "a sentence": rb"(?<=[.?!]) [A-Z][^.?!]*[.?!]"}
 
 
 def costs(model: Model, x: Tensor, truth: Tensor, mask_id: int, **options) -> Tensor:
@@ -72,16 +77,34 @@ def costs_of_steps(model: Model, x_0: Tensor, mask_id: int) -> np.ndarray:
     return found
 
 
+def spans(pieces: list[bytes], pattern: bytes) -> list[tuple[int, int]]:
+    """The runs of tokens, (first, last + 1), whose text is exactly a match of the pattern."""
+    ends = itertools.accumulate(map(len, pieces), initial=0)
+    token_at = {byte: token for token, byte in enumerate(ends)}
+    found = (match.span() for match in re.finditer(pattern, b"".join(pieces)))
+    return [(token_at[a], token_at[b]) for a, b in found if a in token_at and b in token_at]
+
+
+def dig_holes(texts: Tensor, piece_of: Callable[[int], bytes],
+              pattern: bytes) -> tuple[Tensor, Tensor]:
+    """(rows (n,T), holes (n,T) bool): each text (B,T) up to three times, each time with a hole."""
+    dug = []
+    for b, text in enumerate(texts.tolist()):
+        found = spans([piece_of(token) for token in text], pattern)
+        if found:
+            dug += [(b, *span) for span in {found[len(found) * i // 4] for i in (1, 2, 3)}]
+    b, first, end = torch.tensor(dug, dtype=torch.long).view(-1, 3, 1).unbind(1)  # (n,1) each
+    t = torch.arange(texts.size(1))
+    return texts[b.squeeze(1)], (first <= t) & (t < end)
+
+
 @torch.no_grad()
 def prices_of_holes(model: Model, twin: Model, x_0: Tensor, mask_id: int,
-                    length: int) -> tuple[Tensor, Tensor]:
-    """(B,) each: nats per token of a hole of `length` tokens in the middle of each text (B,T)."""
-    hole = torch.zeros(x_0.shape, dtype=torch.bool)
-    hole[:, (x_0.size(1) - length) // 2 :][:, :length] = True
-    x = x_0.masked_fill(hole, mask_id)
-    ours = costs(model, x, x_0, mask_id, order="spread").sum(1) / length
+                    hole: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) each: nats of each hole (n,T) of the texts (n,T), from both sides and from the left."""
+    ours = costs(model, x_0.masked_fill(hole, mask_id), x_0, mask_id, order="spread").sum(1)
     with autocast():
-        from_the_left = row_losses(twin, shift_right(x_0, mask_id), x_0, hole)
+        from_the_left = row_losses(twin, shift_right(x_0, mask_id), x_0, hole) * hole.sum(1)
     return ours, from_the_left
 
 
@@ -96,6 +119,63 @@ def paint(axes, calls: list[int], table: dict[str, list[Tensor]], bits: float,
     axes.legend()
 
 
+# --- The three tables -----------------------------------------------------------------------------
+
+
+def price_orders(model: Model, x_0: Tensor, mask_id: int, bits: float, orders: list[str],
+                 calls: list[int]) -> dict[str, list[Tensor]]:
+    """Print what each order costs in each number of calls; nats per token of each text."""
+    base = prices(model, x_0, mask_id, order="spread")  # a token per call
+    print(f"a token per call in order spread: {bits * base.mean():.3f}\n\n{'calls':16}"
+          + "".join(f"{n:>20}" for n in calls))
+    table = {}
+    for order in orders:
+        table[order] = []
+        print(f"{order:16}", end="", flush=True)
+        for n in calls:
+            by_row = prices(model, x_0, mask_id, order=order, steps=min(n, x_0.size(1)))
+            more, error = mean_and_error(bits * (by_row - base))
+            print(f"  {bits * by_row.mean():.3f} {more:+.3f}+-{error:.3f}", end="", flush=True)
+            table[order].append(by_row)
+        print()
+    return table
+
+
+def price_schedules(model: Model, x_0: Tensor, others: Tensor, mask_id: int, bits: float,
+                    calls: list[int]) -> dict[int, list]:
+    """Find the cheapest schedules of order spread on `others` (B,T), price them on x_0 (B,T)."""
+    print("\ncalls  the linear schedule  the cheapest   tokens committed in each call")
+    step_costs = costs_of_steps(model, others, mask_id)
+    found = {}
+    for n in calls:
+        counts = [UNIT * units for units in cheapest_schedule(step_costs, n)]
+        linear = prices(model, x_0, mask_id, order="spread", steps=len(counts) - 1)
+        cheapest = prices(model, x_0, mask_id, order="spread", schedule=counts)
+        more, error = mean_and_error(bits * (cheapest - linear))
+        committed = (-np.diff(counts)).tolist()
+        print(f"{n:5} {bits * linear.mean():16.3f} {bits * cheapest.mean():16.3f} "
+              f"({more:+.3f}+-{error:.3f})  {' '.join(map(str, committed))}", flush=True)
+        found[n] = [bits * linear.mean().item(), more, error, committed]
+    return found
+
+
+def price_holes(model: Model, twin: Model, texts: Tensor, mask_id: int,
+                piece_of: Callable[[int], bytes]) -> dict[str, list]:
+    """Print what holes in texts (B,T) cost from both sides, and from the left; nats of a hole."""
+    print("\nhole, nats  tokens  from both sides  the twin, from the left")
+    found = {}
+    for name, pattern in HOLES.items():
+        rows, hole = dig_holes(texts, piece_of, pattern)
+        if not len(rows):  # texts too short for a sentence
+            continue
+        ours, from_the_left = prices_of_holes(model, twin, rows, mask_id, hole)
+        more, error = mean_and_error(ours - from_the_left)
+        print(f"{name:10} {hole.sum() / len(hole):7.1f} {ours.mean():16.2f} "
+              f"{from_the_left.mean():24.2f} ({more:+.2f}+-{error:.2f}; {len(hole)} of them)")
+        found[name] = [ours.mean().item(), from_the_left.mean().item(), more, error]
+    return found
+
+
 @command("experiments.prices")
 def main(arguments: list[str]) -> None:
     parser = flags("prices", __doc__)
@@ -107,7 +187,6 @@ def main(arguments: list[str]) -> None:
     add("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     add("--schedules", type=count, nargs="*", default=[2, 3, 4, 6, 8, 16],
         help="calls of the schedules to be found (none: leave that out)")
-    add("--holes", type=count, nargs="+", default=[1, 5, 20, 60], help="their lengths in tokens")
     args = parser.parse_args(arguments)
     if args.judge:
         twins = load_twins(args.checkpoint, args.judge, args.data_dir)  # they fit each other
@@ -126,60 +205,28 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"{len(texts)} texts of {T} tokens will not do: at least 4 are needed, "
                           f"of a multiple of {UNIT} tokens")
     x_0 = texts[::2]
-    others = texts[1::2]  # to find schedules on
     bits = val.num_tokens / val.num_bytes / np.log(2)  # per byte, of a nat per token
 
+    result: dict = {}
     with autocast():
         bound = evaluate(model, x_0, mask_id)
-    print(f"{len(x_0)} texts of {T} tokens, bits per byte; NELBO <= {bits * bound.nats:.3f} "
-          f"+- {bits * bound.stderr:.3f}")
-    result = {"nelbo": bits * bound.nats, "prices": {}, "schedules": {}, "holes": {}}
-    if args.judge:
-        with autocast():
+        result["nelbo"] = [bits * bound.nats, bits * bound.stderr]
+        print("{} texts of {} tokens, bits per byte; NELBO <= {:.3f} +- {:.3f}".format(
+            len(x_0), T, *result["nelbo"]))
+        if args.judge:
             result["twin"] = bits * evaluate(twins.judge, x_0, mask_id, "autoregressive").nats
-        print(f"the twin, exact: {result['twin']:.3f}")
-
-    base = prices(model, x_0, mask_id, order="spread")  # a token per call
-    print(f"a token per call in order spread: {bits * base.mean():.3f}\n\n{'calls':16}"
-          + "".join(f"{calls:>20}" for calls in args.calls))
-    table: dict[str, list[Tensor]] = {}
-    for order in args.orders:
-        table[order] = []
-        print(f"{order:16}", end="", flush=True)
-        for calls in args.calls:
-            by_row = prices(model, x_0, mask_id, order=order, steps=min(calls, T))
-            more, error = mean_and_error(bits * (by_row - base))
-            table[order].append(by_row)
-            print(f"  {bits * by_row.mean():.3f} {more:+.3f}+-{error:.3f}", end="", flush=True)
-            result["prices"][f"{order}, {calls}"] = [bits * by_row.mean().item(), more, error]
-        print()
-
+            print(f"the twin, exact: {result['twin']:.3f}")
+    table = price_orders(model, x_0, mask_id, bits, args.orders, args.calls)
+    result["prices"] = {f"{order}, {calls}": bits * by_row.mean().item() for order in table
+                        for calls, by_row in zip(args.calls, table[order], strict=True)}
     if args.schedules:
-        print("\ncalls  the linear schedule  the cheapest   tokens committed in each call")
-        step_costs = costs_of_steps(model, others, mask_id)
-    for calls in (min(calls, T // UNIT) for calls in args.schedules):
-        counts = [UNIT * units for units in cheapest_schedule(step_costs, calls)]
-        linear = prices(model, x_0, mask_id, order="spread", steps=calls)
-        cheapest = prices(model, x_0, mask_id, order="spread", schedule=counts)
-        more, error = mean_and_error(bits * (cheapest - linear))
-        committed = (-np.diff(counts)).tolist()
-        print(f"{calls:5} {bits * linear.mean():16.3f} {bits * cheapest.mean():16.3f} "
-              f"({more:+.3f}+-{error:.3f})  {' '.join(map(str, committed))}", flush=True)
-        result["schedules"][calls] = [bits * linear.mean().item(), more, error, committed]
-
+        result["schedules"] = price_schedules(model, x_0, texts[1::2], mask_id, bits,
+                                              [min(n, T // UNIT) for n in args.schedules])
     if args.judge:
-        print("\na hole in the middle, nats per token  from both sides  the twin, from the left")
-    for length in args.holes if args.judge else []:
-        ours, from_the_left = prices_of_holes(model, twins.judge, x_0, mask_id, length)
-        more, error = mean_and_error(ours - from_the_left)
-        print(f"{length:16} tokens {ours.mean():28.3f} {from_the_left.mean():24.3f} "
-              f"({more:+.3f}+-{error:.3f})", flush=True)
-        result["holes"][length] = [ours.mean().item(), from_the_left.mean().item(), more, error]
-
+        piece_of = get_tokenizer(val.tokenizer, args.data_dir).decode_single_token_bytes
+        result["holes"] = price_holes(model, twins.judge, texts, mask_id, piece_of)
     draw(args.picture, lambda axes: paint(axes, args.calls, table, bits, bound.nats), width=7)
-    cheap = min(result["prices"], key=lambda name: result["prices"][name][0])
-    answer(f"the lowest price has {cheap} calls: {result['prices'][cheap][0]:.3f} bits per byte.",
-           result)
+    report(result)
 
 
 if __name__ == "__main__":

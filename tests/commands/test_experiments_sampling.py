@@ -15,7 +15,6 @@ from oracles import (
     EXACT,
     JOINT,
     ROWS,
-    Causal,
     Exact,
     Fixed,
     T,
@@ -33,7 +32,6 @@ from experiments import (
     frontier,
     guidance,
     masking_viz,
-    prices,
     samplers,
     sampling_methods,
     schedules,
@@ -177,48 +175,6 @@ def test_judged_samples(script, flags, check, finish):
 
 
 # --- Prices ---------------------------------------------------------------------------------------
-
-
-def test_the_price_of_a_schedule_is_the_sum_of_the_costs_of_its_steps():
-    generator = seeded(0)
-    tables = [torch.randn(17, 16, 5, generator=generator).log_softmax(-1) for _ in range(3)]
-
-    def network(tokens, positions):  # it depends on what is visible, in some arbitrary way
-        hidden = (tokens == 5).sum(1)
-        logits = torch.stack([tables[row % 3][hidden[row]] for row in range(len(tokens))])
-        return logits.flatten(0, 1)[positions]
-
-    x_0 = torch.randint(5, (3, 16), generator=generator)
-    costs = prices.costs_of_steps(network, x_0, 5)
-    for counts in ([16, 0], [16, 8, 0], [16, 12, 8, 0], [16, 4, 0]):
-        units = [count // prices.UNIT for count in counts]
-        expected = sum(costs[m, k] for m, k in itertools.pairwise(units)) / 16
-        found = prices.prices(network, x_0, 5, order="spread", schedule=counts)
-        assert found.mean().item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_prices_tell_orders_apart_and_schedules_are_found(finish):
-    _, result = finish(prices, "--checkpoint run --judge twin --data-dir data/sotu-bytes --texts 4 "
-                               "--calls 8 64 --orders spread random entropy --schedules 2 4 "
-                               "--holes 3 20")
-    assert list(result["prices"]) == [f"{order}, {calls}" for order in ("spread", "random",
-                                      "entropy") for calls in (8, 64)]
-    assert result["prices"]["spread, 64"][1:] == [0, 0]  # compared with itself
-    for calls in ("2", "4"):
-        committed = result["schedules"][calls][-1]
-        assert len(committed) == int(calls) and sum(committed) == N
-    assert list(result["holes"]) == ["3", "20"]
-
-
-def test_a_hole_costs_what_the_conditionals_say():
-    x_0 = EXACT.sample(40)
-    ours, from_the_left = prices.prices_of_holes(EXACT, Causal(JOINT), x_0, V, 2)
-    for text, one, other in zip(x_0, ours, from_the_left, strict=True):
-        a, b, c, d = text.tolist()
-        both = EXACT.marginal[a, b, c, d] / EXACT.marginal[a, V, V, d]
-        left = EXACT.marginal[a, b, c, V] / EXACT.marginal[a, V, V, V]
-        assert one == pytest.approx(-both.log().item() / 2, abs=1e-5)
-        assert other == pytest.approx(-left.log().item() / 2, abs=1e-5)
 
 
 def test_the_frontier_has_a_row_for_each_writer_and_errors_over_models(finish):
