@@ -1,40 +1,36 @@
-"""Can one steer what is written? python -m experiments.guidance --checkpoint out/bytes
+"""Can one steer what is written? python -m experiments.guidance
 
 Two uses of the `adjust` hook of sample.denoise:
 
     classifier_guidance        any callable that scores token rows says what it wants to read
     classifier_free_guidance   no classifier: what the prefix makes likelier is made likelier still
 
-The experiment trains two small classifiers to tell old State of the Union messages (the first
-third) from modern ones (the last third), on different documents. One guides; the other judges what
-was written:
+Here the classifier tells State of the Union messages of the first third from those of the last
+third, by their words. One guides; another, made of other documents, judges what was written:
 
-    judged modern   fraction of the samples, the prefix left out, and its standard error
-    words           fraction of their words that occur in the training text: what steering costs
+    modern      fraction of the texts, the prefix left out, that it finds modern, with the standard
+                error; the first rows are real text of both kinds
+    judge ...   what the steering costs: the columns are those of experiments/lab/judge.py
 """
 
 import sys
-import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from diffusion import Model, draw_mask
-from experiments.lab.command import answer, count, flags
-from experiments.lab.judge import fraction_and_error, fraction_known, vocabulary_of
+from diffusion import Model
+from experiments.lab.command import count, flags_with_judge, report
+from experiments.lab.judge import fraction_and_error, judge, judged, load_twins, print_row
 from experiments.lab.pictures import draw
-from experiments.lab.runs import autocast
 from plumbing.adjust import Adjust
-from plumbing.checkpoint import load_checkpoint
 from plumbing.command import command
 from plumbing.config import ConfigError
 from prepare_data import DataError, TokenFile, get_tokenizer
-from sample import generate
 
 
-def classifier_guidance(score, strength: float = 1.0, candidates: int = 8) -> Adjust:
+def classifier_guidance(score, strength: float = 1.0, candidates: int = 32) -> Adjust:
     """An `adjust` that draws from p(v | x) * p(class | x with v written)^strength, renormalised.
 
     score: tokens (n,T), mask_id where hidden -> (n,), log p(class | what is visible); any callable.
@@ -70,60 +66,20 @@ def classifier_free_guidance(model: Model, given: Tensor, mask_id: int, strength
     return adjust
 
 
-class BagOfTokens(nn.Module):
-    """log-odds of a class = bias + the sum of a weight for each visible run of 1..longest tokens.
+class BagOfWords(nn.Module):
+    """Naive Bayes: the log-odds of the second class are the sum over the visible tokens of how much
+    likelier each is in its text. Forward: tokens (n,T), mask_id where hidden -> (n,)."""
 
-    Runs share a table of weights by hashing. Forward: tokens (n,T), mask_id where hidden -> (n,).
-    """
-
-    def __init__(self, mask_id: int, longest: int = 5, buckets: int = 1 << 18):
+    def __init__(self, classes: tuple[Tensor, Tensor], mask_id: int):
+        """classes: the tokens (n,) of each."""
         super().__init__()
-        self.mask_id = mask_id
-        self.longest = longest
-        self.buckets = buckets
-        self.weight = nn.Embedding(buckets, 1)
-        self.bias = nn.Parameter(torch.zeros(()))
-        nn.init.zeros_(self.weight.weight)
+        # As if each token had been seen once more: none is impossible.
+        counts = torch.stack([tokens.bincount(minlength=mask_id) for tokens in classes]) + 1.0
+        log_p = (counts / counts.sum(1, keepdim=True)).log()  # (2,V)
+        self.weight = F.pad(log_p[1] - log_p[0], (0, 1))  # a hidden token says nothing
 
     def forward(self, tokens: Tensor) -> Tensor:
-        total = self.bias
-        for length in range(1, min(self.longest, tokens.size(1)) + 1):
-            runs = tokens.unfold(1, length, 1)  # (n, T-length+1, length)
-            powers = torch.tensor([pow(1_000_003, i + 1, self.buckets) for i in range(length)])
-            hashes = ((runs * powers).sum(2) + 7919 * length) % self.buckets
-            visible = (runs != self.mask_id).all(2)
-            total = total + (self.weight(hashes).squeeze(2) * visible).sum(1)
-        return total
-
-    def fit(self, classes: tuple[Tensor, Tensor], steps: int = 300, T: int = 128,
-            seed: int = 0) -> None:
-        """Learn to tell two token streams, (n,) each, apart by windows with a random number of
-        tokens hidden, as the sampler will show them."""
-        generator = Generator().manual_seed(seed)
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, weight_decay=0.1)
-        for _ in range(steps):
-            rows, labels = self.windows(classes, 64, T, generator)
-            odds = self(rows)
-            optimizer.zero_grad()
-            F.binary_cross_entropy_with_logits(odds, labels.float()).backward()
-            optimizer.step()
-
-    @torch.no_grad()
-    def accuracy(self, classes: tuple[Tensor, Tensor], T: int = 128, seed: int = 1) -> float:
-        """The fraction of right answers on 2,000 partly hidden windows of these streams."""
-        rows, labels = self.windows(classes, 2000, T, Generator().manual_seed(seed))
-        return ((self(rows) > 0) == labels.bool()).float().mean().item()
-
-    def windows(self, classes: tuple[Tensor, Tensor], rows: int, T: int,
-                generator: Generator) -> tuple[Tensor, Tensor]:
-        """(tokens (rows,T), labels (rows,)): partly hidden windows of class 0 and 1 by turns."""
-        labels = torch.arange(rows) % 2
-        found = []
-        for label in labels:
-            start = int(torch.randint(len(classes[label]) - T, (), generator=generator))
-            found.append(classes[label][start : start + T])
-        mask = draw_mask(torch.randint(T, (rows,), generator=generator), T, 0, generator)
-        return torch.stack(found).masked_fill(mask, self.mask_id), labels
+        return self.weight[tokens].sum(1)
 
 
 def old_and_modern(file: TokenFile, part: int) -> tuple[Tensor, Tensor]:
@@ -140,124 +96,90 @@ def old_and_modern(file: TokenFile, part: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(old), torch.from_numpy(modern)
 
 
-def plans(model: Model, guide: BagOfTokens, x: Tensor, begun: Tensor, mask_id: int,
+def plans(model: Model, guide: BagOfWords, x: Tensor, begun: Tensor,
           strengths: list[float]) -> list[tuple[str, float, Tensor, Adjust | None]]:
     """(guidance, strength, the text to fill, its `adjust`); x is all hidden, `begun` has the
     prefix."""
-    found = [("none", 0.0, x, None)]
-    for name, sign in (("towards modern", 1), ("towards old", -1)):
-        for strength in strengths:
+    given = begun != x
+    found = []
+    for name, sign, some in (("none", 1, [0.0]), ("towards modern", 1, strengths),
+                             ("towards old", -1, strengths)):
+        for strength in some:  # at 0 too only likely candidates are drawn: nothing else differs
             adjust = classifier_guidance(
                 lambda rows, sign=sign: F.logsigmoid(sign * guide(rows)), strength)
             found.append((name, strength, x, adjust))
     found.append(("the prefix alone", 0.0, begun, None))
-    for strength in strengths[:-1]:
-        adjust = classifier_free_guidance(model, begun != mask_id, mask_id, strength)
+    for strength in strengths:
+        adjust = classifier_free_guidance(model, given, int(x[0, 0]), strength)
         found.append(("classifier-free", strength, begun, adjust))
     return found
 
 
-def paint(axis, results: list[dict], real: dict[str, float]) -> None:
-    """The fraction judged modern by strength, with what the judge says of real text."""
+def paint(axis, results: list[dict]) -> None:
+    """The fraction judged modern by strength; dotted, that of real text."""
     lines = {"classifier, towards modern": ("none", "towards modern"),
              "classifier, towards old": ("none", "towards old"),
              "classifier-free, by a prefix": ("the prefix alone", "classifier-free")}
-    strengths = sorted({row["strength"] for row in results})
     for label, members in lines.items():
         line = [row for row in results if row["guidance"] in members]
-        axis.errorbar([strengths.index(row["strength"]) for row in line],
-                      [100 * row["judged_modern"] for row in line],
-                      [100 * row["stderr"] for row in line], marker="o", capsize=3, label=label)
-    for name, fraction in real.items():
-        axis.axhline(100 * fraction, color="grey", linestyle=":")
-        axis.annotate(f"real {name} text", (0, 100 * fraction), xytext=(4, 3), color="grey",
-                      xycoords=("axes fraction", "data"), textcoords="offset points")
+        axis.errorbar([row["strength"] for row in line], [100 * row["modern"] for row in line],
+                      [100 * row["modern_error"] for row in line], marker="o", capsize=3,
+                      label=label)
+    for row in results[:2]:
+        axis.axhline(100 * row["modern"], color="grey", linestyle=":")
+        axis.annotate(row["guidance"], (0, 100 * row["modern"]), color="grey")
     axis.set(title="Steering towards an age", xlabel="strength of the guidance", ylim=(-5, 105),
-             ylabel="judged modern, % of the samples")
-    axis.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
-    axis.figure.legend(loc="outside lower center", ncols=2)
-
-
-def conclude(results: list[dict]) -> str:
-    """The answer in words: what guidance of every kind makes of the fraction judged modern, and of
-    the words."""
-    def said(row: dict) -> str:
-        return f"{row['judged_modern']:.0%} +- {row['stderr']:.0%}"
-
-    by_kind = {row["guidance"]: row for row in results}  # the last of each kind: the strongest
-    none, modern, old = (by_kind[name] for name in ("none", "towards modern", "towards old"))
-    alone = by_kind["the prefix alone"]
-    free = by_kind.get("classifier-free", alone)
-    moved = abs(free["judged_modern"] - alone["judged_modern"]) > 2 * (
-        free["stderr"] ** 2 + alone["stderr"] ** 2) ** 0.5
-    effect = "moves it" if moved else "changes nothing this judge would notice"
-    return (f"guided by a classifier at strength {modern['strength']:g}, the fraction of texts "
-            f"judged modern goes from {said(none)} to {said(modern)}, or to {said(old)} when old "
-            f"ones are wanted, and the fraction of known words from {none['words']:.0%} to "
-            f"{modern['words']:.0%} and {old['words']:.0%}. Strengthening a prefix {effect}: "
-            f"{said(alone)} with the prefix alone, {said(free)} at strength {free['strength']:g}.")
+             ylabel="judged modern, % of the texts")
+    axis.legend()
 
 
 @command("experiments.guidance")
 def main(arguments: list[str]) -> None:
-    parser = flags("guidance", __doc__)
+    parser = flags_with_judge("guidance", __doc__, num_samples=64)
     add = parser.add_argument
-    add("--num-samples", type=count, default=48, help="texts of each kind (default: 48)")
-    add("--length", type=count, default=128, help="tokens of a text (default: 128)")
-    add("--prefix", default="Tonight, my fellow Americans, our economy ", help="to be strengthened")
-    add("--strengths", type=float, nargs="+", default=[1, 3, 10], help="(default: 1 3 10)")
-    add("--fit-steps", type=count, default=300,
-        help="of training for each classifier (default: 300)")
+    add("--length", type=count, default=128, help="tokens of a text (default: %(default)s)")
+    add("--prefix", default="My fellow citizens,", help="text to be strengthened")
+    add("--strengths", type=float, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
     args = parser.parse_args(arguments)
-    model, info = load_checkpoint(args.checkpoint)
-    train = TokenFile(args.data_dir, "train")
-    streams = [old_and_modern(train, part) for part in (0, 1)]
-    mask_id = model.config.mask_id
-    tokenizer = get_tokenizer(info["tokenizer"], args.checkpoint)
+    twins = load_twins(args.checkpoint, args.judge, args.data_dir)
+    tokenizer = get_tokenizer(twins.info["tokenizer"], args.checkpoint)
     prefix = tokenizer.encode_ordinary(args.prefix)
-    if not len(prefix) < args.length <= model.config.context_length:
+    if not len(prefix) < args.length <= twins.N:
         raise ConfigError(f"--length must be more than the prefix's {len(prefix)} tokens and at "
-                          f"most {model.config.context_length}, not {args.length}")
-    vocabulary = vocabulary_of(train)
+                          f"most {twins.N}, not {args.length}")
+    streams = [old_and_modern(TokenFile(args.data_dir, "train"), part) for part in (0, 1)]
+    guide, second = (BagOfWords(classes, twins.mask_id) for classes in streams)
+    for name, end in (("modern", guide.weight), ("old", -guide.weight)):
+        words = [tokenizer.decode([token]) for token in end.topk(12).indices]
+        print(f"the most {name} words:{''.join(words)}")
 
-    guide = BagOfTokens(mask_id)
-    judge = BagOfTokens(mask_id)
-    for name, classifier, own, other in (("guide", guide, *streams),
-                                         ("judge", judge, *streams[::-1])):
-        classifier.fit(own, args.fit_steps)
-        classifier.requires_grad_(False)
-        print(f"the {name} is right about {classifier.accuracy(other):.0%} of partly hidden "
-              "windows of documents it was not trained on", flush=True)
-    L = args.length - len(prefix)  # as much as is judged of a sample; documents new to the judge
-    real = {}
-    for name, stream in zip(("old", "modern"), streams[0], strict=True):
-        windows = stream[: len(stream) // L * L].view(-1, L)[:1000]
-        real[name] = (judge(windows) > 0).float().mean().item()
-    print(f"of real text it judges modern: {real['old']:.0%} of old, {real['modern']:.0%} of "
-          "modern windows")
+    results = []
 
-    x = torch.full((args.num_samples, args.length), mask_id)
+    def say(name: str, strength: float, row: dict, tokens: Tensor) -> None:
+        modern, error = fraction_and_error(second(tokens[:, len(prefix) :]) > 0)
+        numbers = {name: row[name] for name in ("judge", "error", "distinct", "words")}
+        results.append({"guidance": name, "strength": strength, "modern": modern,
+                        "modern_error": error} | numbers)
+        print_row(results[-1], heading=len(results) == 1)
+
+    for name, stream in zip(("real old text", "real modern text"), streams[0], strict=True):
+        windows = stream[: len(stream) // args.length * args.length].view(-1, args.length)
+        windows = windows[:: max(1, len(windows) // 128)]
+        say(name, 0.0, judge(twins, windows), windows)
+    x = torch.full((args.num_samples, args.length), twins.mask_id)
     begun = x.clone()
     begun[:, : len(prefix)] = torch.tensor(prefix)
-    results = []
-    print(f"\n{'guidance':18} {'strength':>8} {'judged modern':>14} {'words':>6} {'seconds':>8}   "
-          "a sample")
-    for name, strength, start, adjust in plans(model, guide, x, begun, mask_id, args.strengths):
-        started = time.perf_counter()
-        with autocast():
-            written = generate(model, start, mask_id, Generator().manual_seed(1), order="random",
-                               steps=args.length, temperature=0.8, adjust=adjust)
-        seconds = time.perf_counter() - started
-        behind = written[:, len(prefix) :]
-        modern, error = fraction_and_error(judge(behind) > 0)
-        known = fraction_known("\n".join(map(tokenizer.decode, behind.tolist())), vocabulary)
-        sample = tokenizer.decode(behind[0].tolist())
-        print(f"{name:18} {strength:8g} {modern:7.0%} +- {error:4.0%} {known:6.0%} "
-              f"{seconds:8.1f}   {sample[:50]!r}", flush=True)
-        results.append({"guidance": name, "strength": strength, "judged_modern": modern,
-                        "stderr": error, "words": known, "seconds": round(seconds, 1)})
-    draw(args.picture, lambda axis: paint(axis, results, real), width=7, height=5)
-    answer(conclude(results), {"real": real, "runs": results})
+    samples = []
+    for name, strength, start, adjust in plans(twins.model, guide, x, begun, args.strengths):
+        row, states = judged(twins, name, start, order="spread", steps=32, temperature=0.85,
+                             adjust=adjust)
+        say(name, strength, row, states[-1].tokens)
+        samples.append(tokenizer.decode(states[-1].tokens[0, len(prefix) :].tolist()))
+    print()
+    for row, sample in zip(results[2:], samples, strict=True):
+        print(f"{row['guidance']:18}{row['strength']:4g}   {sample[:70]!r}")
+    draw(args.picture, lambda axis: paint(axis, results), width=7, height=5)
+    report({"rows": results})
 
 
 if __name__ == "__main__":
