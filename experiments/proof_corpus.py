@@ -11,15 +11,14 @@ and the exact answer to "what is hidden here?" is known too: `exact_denoiser` co
 one more model(tokens, positions), so that everything in diffusion.py takes it for a network. For it
 NELBO = H. For any other model the NELBO is larger, by that model's error and nothing else.
 
-Writes the text into out/experiments/proof-corpus, trains a small network on it with train.py, and
-its autoregressive twin, whose negative log-likelihood (NLL) is no bound but exact, and prints
+Writes the text into out/experiments/proof-corpus, trains small networks on it (seeds 1, 2, 3), and
+their autoregressive twins, whose negative log-likelihood (NLL) is no bound but exact, and prints
 
-    NELBO, NLL       during the training, on 512 rows of validation text
-    gap              minus what the exact denoiser has, or the chain itself, on the same rows with
-                     the same masks: most of these rows' luck cancels, and the network's error
-                     remains
-    exact, trained   CE(m) of the exact denoiser and of the network, and last the NELBO, the mean
-                     over all m
+    over H            NELBO and NLL during the training, minus what the exact denoiser has, or the
+                      chain itself, on the same rows with the same masks: most of these rows' luck
+                      cancels, and the network's error remains; in percent of H
+    exact, - exact    CE(m) of the exact denoiser, and how much more the networks have; last the
+                      NELBO, the mean over all m. The errors are standard errors over seeds
 """
 
 import sys
@@ -40,7 +39,7 @@ from diffusion import (
     nelbo,
     row_losses,
 )
-from experiments.lab.command import answer, flags, several
+from experiments.lab.command import at_least, count, flags, report, several
 from experiments.lab.pictures import draw
 from experiments.lab.runs import OUT, read_run, trained
 from plumbing.checkpoint import load_checkpoint
@@ -48,8 +47,9 @@ from plumbing.command import command
 from prepare_data import TokenFile, get_tokenizer, write_dataset
 
 LETTERS = "abcdefgh"
-SETTINGS = ("--context-length 64 --batch-size 32 --n-layer 3 --n-head 4 --n-embd 128 --steps 800 "
-            "--eval-interval 50 --eval-rows 512 --final-eval-rows 512").split()
+CONFIG = "configs/quickstart.toml"
+SETTINGS = ("--context-length 64 --batch-size 32 --n-layer 3 --n-embd 128 --steps 400 --eval-rows "
+            "512 --final-eval-rows 512 --eval-interval 50 --mask-positions random").split()
 
 
 # --- The source -----------------------------------------------------------------------------------
@@ -149,129 +149,103 @@ def normalized(p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compare(exact: Model, model: Model, x_0: Tensor, mask_id: int,
-            num_masked: Tensor) -> list[float]:
-    """[CE of `exact`, CE of `model`, their difference, its standard error].
-
-    num_masked[b] tokens are hidden in row b.
-    """
+def compare(exact: Model, models: list[Model], x_0: Tensor, mask_id: int,
+            num_masked: Tensor) -> tuple[float, Tensor]:
+    """(CE of `exact`, that of each model minus it by row (models,R)), num_masked[b] tokens of row b
+    hidden."""
     mask = draw_mask(num_masked, x_0.size(1), 0, keyed_generator(0, 0, "compare"))
     x_t = x_0.masked_fill(mask, mask_id)
     known = row_losses(exact, x_t, x_0, mask, batch_size=128)
-    learned = row_losses(model, x_t, x_0, mask, batch_size=128)
-    return [known.mean().item(), learned.mean().item(), *mean_and_error(learned - known)]
+    gaps = [row_losses(model, x_t, x_0, mask, batch_size=128) - known for model in models]
+    return known.mean().item(), torch.stack(gaps)
 
 
-def gap_by_level(exact: Model, model: Model, x_0: Tensor, mask_id: int) -> dict[str, list[float]]:
-    """What `compare` says of one hidden token, of each tenth of them, and of the mean over all."""
-    R, T = x_0.shape
-    counts = sorted({1, *(max(1, round(T * i / 10)) for i in range(1, 11))})
-    levels = {str(m): torch.full((R,), m) for m in counts}
-    levels["NELBO"] = draw_num_masked(R, T, generator=keyed_generator(0, 0, "levels"))
-    print(f"\n{'m of ' + str(T):>8}{'exact':>9}{'trained':>9}{'gap':>10}")
-    table = {}
-    for level, num_masked in levels.items():
-        table[level] = compare(exact, model, x_0, mask_id, num_masked)
-        known, learned, gap, error = table[level]
-        print(f"{level:>8}{known:9.4f}{learned:9.4f}{gap:+10.4f} +- {error:.4f}", flush=True)
-    return table
-
-
-def over_training(folder: Path, reference: Callable[[Tensor], float], val: TokenFile, T: int,
-                  H: float, name: str) -> list[dict]:
-    """The evaluations of a run: {"step", "seconds", "nats", "gap"} each, also printed.
-
-    `reference` says what the best possible network has on the same rows. Seconds are of training,
-    without compiling.
-    """
-    run = read_run(folder)
-    points = []
+def over_training(folders: list[Path], reference: Callable[[Tensor], float], val: TokenFile,
+                  T: int) -> dict[int, Tensor]:
+    """{step: (seeds,)}, the evaluations of some runs minus `reference` of the same rows: what the
+    best possible network has there."""
+    gaps = {}
     best = {}  # by number of rows
-    print(f"\n{'step':>8}{'seconds':>9}{name:>9}{'gap':>10}")
-    for point in run.points:
+    for point in (point for folder in folders for point in read_run(folder).points):
         if point.rows not in best:
             best[point.rows] = reference(torch.from_numpy(val.spread(point.rows, T)))
-        gap = point.nats - best[point.rows]
-        seconds = point.seconds - run.compiling
-        points.append({"step": point.step, "seconds": seconds, "nats": point.nats, "gap": gap})
-        print(f"{point.step:8}{seconds:9.1f}{point.nats:9.4f}{gap:+10.4f} {gap / H:8.2%} of H")
-    return points
+        gaps.setdefault(point.step, []).append(point.nats - best[point.rows])
+    return {step: torch.tensor(values) for step, values in gaps.items()}
 
 
-def paint(panels, H: float, unigram: float, runs: dict[str, list[dict]],
-          table: dict[str, list[float]]) -> None:
-    """NELBO and NLL over the training and the entropy they bound; their gaps; CE(m)."""
-    left, middle, right = panels
-    for name, run in runs.items():
-        seconds = [point["seconds"] for point in run]
-        left.plot(seconds, [point["nats"] for point in run], marker=".", label=name)
-        middle.plot(seconds, [100 * point["gap"] / H for point in run], marker=".", label=name)
-    left.axhline(unigram, color="grey", linestyle=":",
-                 label=f"entropy of a token alone, {unigram:.3f}")
-    left.axhline(H, color="black", linestyle="--", label=f"exact entropy, {H:.3f}")
-    left.margins(y=0.1)  # the upper line would lie on the frame
-    left.set(title="The bound and what it bounds", ylabel="nats per token",
-             xlabel="seconds of training")
-    middle.axhline(1, color="black", linestyle="--", label="1%")
-    middle.set(title="The gap is the network's error", ylabel="gap, % of the entropy",
-               yscale="log", xlabel="seconds of training")
-    middle.yaxis.set_major_formatter("{x:g}")
-    levels = [level for level in table if level != "NELBO"]
-    counts = [int(level) for level in levels]
-    right.plot(counts, [table[level][0] for level in levels], color="black",
+def paint(panels, H: float, runs: dict[str, dict[int, Tensor]], table: dict[str, dict]) -> None:
+    """The gaps over the training; CE(m) of the exact denoiser and of the networks."""
+    left, right = panels
+    for name, gaps in runs.items():
+        percent, errors = zip(*(mean_and_error(100 * gap / H) for gap in gaps.values()),
+                              strict=True)
+        left.errorbar(list(gaps), percent, errors, marker=".", label=name)
+    left.axhline(1, color="black", linestyle="--", label="1%")
+    left.set(title="The gap is the network's error", ylabel="gap, % of the entropy", yscale="log",
+             xlabel="steps of training")
+    left.yaxis.set_major_formatter("{x:g}")
+    levels = {int(m): row for m, row in table.items() if m != "NELBO"}
+    right.plot(list(levels), [row["exact"] for row in levels.values()], color="black",
                label="the exact denoiser")
-    right.plot(counts, [table[level][1] for level in levels], ".", markersize=9,
-               label="the network")
+    right.plot(list(levels), [row["exact"] + row["gap"] for row in levels.values()], ".",
+               markersize=9, label="the networks, mean")
     right.set(title="The loss by mask level", ylabel="CE(m), nats per hidden token",
-              xlabel=f"m, hidden of {counts[-1]} tokens")
-    for panel, corner in zip(panels, ("center right", "upper right", "upper left"), strict=True):
-        panel.legend(loc=corner)
+              xlabel=f"m, hidden of {max(levels)} tokens")
+    for panel in panels:
+        panel.legend()
 
 
 @command("experiments.proof_corpus")
 def main(arguments: list[str]) -> None:
     parser = flags("proof_corpus", __doc__, checkpoint=False, data_dir=False)
     add = parser.add_argument
-    add("--tokens", type=int, default=2_000_000, help="of training text (default: 2 million)")
-    add("--rows", type=several, default=2048, help="of validation text (default: 2048)")
+    add("--tokens", type=at_least(5), default=2_000_000, help="of training text (default: 2000000)")
+    add("--rows", type=several, default=1024, help="of validation text (default: %(default)s)")
+    add("--seeds", type=count, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     args, settings = parser.parse_known_args(arguments)  # what else is given goes to train.py
-    if args.tokens < 5:
-        parser.error(f"--tokens must be at least 5, not {args.tokens}")
 
     chain = make_chain(len(LETTERS), seed=0)
     data_dir = OUT / "proof-corpus/data"
     write_corpus(chain, data_dir, args.tokens)
     settings = ["--data-dir", str(data_dir), *SETTINGS, *settings]
-    folder = trained("proof-corpus/run", *settings)
-    twin = trained("proof-corpus/twin", *settings, "--objective", "autoregressive")
-    model, _ = load_checkpoint(folder)
-    mask_id = model.config.mask_id
-    T = model.config.context_length
+    ours = [trained(f"proof-corpus/run-{seed}", *settings, "--seed", str(seed), config=CONFIG)
+            for seed in args.seeds]
+    twins = [trained(f"proof-corpus/twin-{seed}", *settings, "--seed", str(seed), "--objective",
+                     "autoregressive", config=CONFIG) for seed in args.seeds]
+    models = [load_checkpoint(folder)[0] for folder in ours]
+    T = models[0].config.context_length
+    mask_id = models[0].config.mask_id
     ids = [*LETTERS.encode(), get_tokenizer("byte").eot_token]
     exact = exact_denoiser(chain, ids, mask_id)
     H = exact_entropy(chain, T)
-    unigram = exact_entropy(chain, 1)
 
     val = TokenFile(data_dir, "val")
-    ours = over_training(folder, lambda x: nelbo(exact, x, mask_id).nats, val, T, H, "NELBO")
-    other = over_training(twin, lambda x: exact_nll(chain, ids, x), val, T, H, "NLL")
-    runs = {"NELBO": ours, "the twin's NLL": other}
-    x_0 = torch.from_numpy(val.spread(args.rows, T))
-    table = gap_by_level(exact, model, x_0, mask_id)
-    bound = nelbo(exact, x_0, mask_id, batch_size=128)
-    print(f"\nthe entropy of {T} tokens in a row is {H:.4f} nats per token ({unigram:.4f} for one "
-          f"alone)\nthe exact denoiser's NELBO is {bound.nats:.4f} +- {bound.stderr:.4f}, "
-          f"{(bound.nats - H) / bound.stderr:+.1f} standard errors off")
+    runs = {"NELBO": over_training(ours, lambda x: nelbo(exact, x, mask_id).nats, val, T),
+            "the twin's NLL": over_training(twins, lambda x: exact_nll(chain, ids, x), val, T)}
+    print(f"\n{'step':>8}" + "".join(f"{name + ', % over H':>28}" for name in runs))
+    for step in runs["NELBO"]:
+        cells = ("{:.2f} +- {:.2f}".format(*mean_and_error(100 * run[step] / H))
+                 for run in runs.values())
+        print(f"{step:8}" + "".join(f"{cell:>28}" for cell in cells))
 
-    draw(args.picture, lambda panels: paint(panels, H, unigram, runs, table), columns=3)
-    *_, gap, error = table["NELBO"]
-    within = [point["seconds"] for point in ours if point["gap"] <= 0.01 * H]
-    reached = f"within 1% after {within[0]:.0f} s" if within else "never within 1%"
-    answer(f"after {ours[-1]['seconds']:.0f} s of training the NELBO is {gap / H:.2%} +- "
-           f"{error / H:.2%} over the exact entropy, all of it the network's error; it was "
-           f"{reached}. The autoregressive twin's NLL is {other[-1]['gap'] / H:.2%} over.",
-           {"entropy": H, "unigram": unigram, "exact": [bound.nats, bound.stderr], "table": table,
-            "runs": runs})
+    x_0 = torch.from_numpy(val.spread(args.rows, T))
+    counts = sorted({1, *(max(1, round(T * i / 10)) for i in range(1, 11))})
+    levels = {str(m): torch.full((len(x_0),), m) for m in counts}
+    levels["NELBO"] = draw_num_masked(len(x_0), T, generator=keyed_generator(0, 0, "levels"))
+    print(f"\n{'m of ' + str(T):>8}{'exact':>9}{'trained - exact':>22}")
+    table = {}
+    for level, num_masked in levels.items():
+        known, gaps = compare(exact, models, x_0, mask_id, num_masked)
+        gap, error = mean_and_error(gaps.mean(1))  # over seeds
+        table[level] = {"exact": known, "gap": gap, "error": error}
+        print(f"{level:>8}{known:9.4f}{gap:+12.4f} +- {error:.4f}", flush=True)
+    bound = nelbo(exact, x_0, mask_id, batch_size=128)
+    print(f"\nthe entropy of {T} tokens in a row is {H:.4f} nats per token "
+          f"({exact_entropy(chain, 1):.4f} for one alone)\n"
+          f"the exact denoiser's NELBO is {bound.nats:.4f} +- {bound.stderr:.4f}")
+    draw(args.picture, lambda panels: paint(panels, H, runs, table), columns=2)
+    report({"entropy": H, "exact": [bound.nats, bound.stderr], "table": table, "runs": {
+        name: {step: gaps.tolist() for step, gaps in run.items()} for name, run in runs.items()}})
 
 
 if __name__ == "__main__":
