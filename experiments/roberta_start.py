@@ -7,23 +7,20 @@ nevertheless?
 Here is the network, by hand, as one more model(tokens, positions): `corrupt`, `loss`, `nelbo` and
 `generate` work on it as they are. It reads a published folder (--checkpoint: model.safetensors,
 config.json, vocab.json, merges.txt). Without --checkpoint a small one is pretrained first, on bytes
-at 15%, and saved as such a folder in out/experiments/ (delete it to pretrain again). The folder is
-loaded and trained on as a diffusion model, at all mask levels, beside the same shape from random
-weights, on the same text and masks:
+at 15%, and saved as such a folder in out/experiments/ (delete it to pretrain again). Then networks
+train as diffusion models, at all mask levels, from these weights and from random ones, on the same
+text and masks, each from --seeds:
 
-    weights, steps   where the run started from, and how many steps of diffusion training it has had
-    NELBO            <= nats per token on validation text
+    step           of diffusion training
+    pretrained     NELBO <= nats per token on validation text, mean and standard error over seeds
+    - random       that, minus what the network from random weights has after as many steps
     loss by mask ratio: CE(m), the curve of which the NELBO is the mean height
-
-Where the pretraining was ours, the run from random weights goes on for as many steps more: what the
-detour has cost. Ends with what each network writes from nothing, and the answer.
 """
 
 import argparse
 import json
 import math
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -34,9 +31,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from diffusion import Bound, Masking, corrupt, keyed_generator, loss, mean_and_error, nelbo
-from experiments.lab.command import answer, count, flags
+from experiments.lab.command import count, flags, report, several
 from experiments.lab.pictures import draw
-from experiments.lab.runs import OUT, autocast, pair_nelbos
+from experiments.lab.runs import OUT, autocast
 from model import rotate
 from plumbing.checkpoint import CheckpointError
 from plumbing.command import command
@@ -134,17 +131,13 @@ class Roberta(nn.Module):
     def init_weights(self) -> None:
         """Each head starts by looking at one neighbour: head h at a distance of h - H/2.
 
-        RoBERTa starts from random numbers alone, and reads much text before it looks anywhere: so
-        started, the small one below has 2.96 nats after 600 steps of diffusion training, where
-        letter frequencies have 3.04, and started as here it has 2.57 after 400.
+        RoBERTa starts from random numbers alone, and reads much text before it looks anywhere.
         """
         C = self.config.hidden_size
         H = self.config.num_attention_heads
 
         def waves(t: Tensor) -> Tensor:  # as model.rotary_table: to turn by waves(n) is to go n on
-            # Frequencies up to pi, evenly spaced, as in a Fourier transform: the waves of positions
-            # less than C apart are orthogonal. Slow waves alone make neighbours look alike, and
-            # attention a blur.
+            # Frequencies up to pi, evenly spaced: slow waves alone make neighbours look alike.
             angle = t[:, None] * torch.arange(0, C, 2) * (math.pi / C)
             return torch.stack([angle.cos(), angle.sin()])  # (2, n, C/2)
 
@@ -280,8 +273,7 @@ def safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        problem = "a RoBERTa's folder needs the package: pip install safetensors"
-        raise CheckpointError(problem) from None
+        raise CheckpointError("a RoBERTa needs the package: pip install safetensors") from None
     return safetensors.torch
 
 
@@ -353,30 +345,23 @@ def read_tokens(folder: str, split: str, encoding: tiktoken.Encoding, length: in
     return tokens
 
 
-def check_length(length: int, config: RobertaConfig) -> None:
-    if length > config.context_length:
-        raise ConfigError(f"--length {length} is more than the context length "
-                          f"{config.context_length}")
-
-
 def train(model: Roberta, tokens: Tensor, objective: str, steps: int, args: argparse.Namespace,
-          label: str) -> Iterator[int]:
+          seed: int) -> Iterator[int]:
     """Train on random windows of `tokens` (n,); yield the number of each step when it is done.
 
-    AdamW with RoBERTa's betas, a short warmup and then a constant rate, so that a longer run begins
-    as a shorter one does. The windows and the masks of a step are the same for all networks.
-    Nothing is compiled: for runs this short that takes longer than it saves.
+    AdamW with RoBERTa's betas, a short warmup and then a constant rate. The windows and the masks
+    of a step depend on the seed alone. Nothing is compiled: for runs this short that takes longer
+    than it saves.
     """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-6,
                                   weight_decay=0.01, fused=True)
     masking = Masking(objective, mask_ratio="bell", weighting="token")
     device = model.head_bias.device
-    started = time.monotonic()
     for step in range(1, steps + 1):
         starts = torch.randint(len(tokens) - args.length + 1, (args.rows,),
-                               generator=keyed_generator(1, step, "windows"))
+                               generator=keyed_generator(seed, step, "windows"))
         x_0 = tokens.unfold(0, args.length, 1)[starts]
-        batch = corrupt(x_0, model.mask_id, masking, keyed_generator(1, step, "mask"))
+        batch = corrupt(x_0, model.mask_id, masking, keyed_generator(seed, step, "mask"))
         with autocast(device.type):
             value = loss(model, hand_over(batch, device))
         if not value.isfinite():
@@ -388,22 +373,18 @@ def train(model: Roberta, tokens: Tensor, objective: str, steps: int, args: argp
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            left = (time.monotonic() - started) / step * (steps - step)
-            print(f"{label}: step {step} of {steps}, loss {value.item():.3f}, {left:.0f} s left",
-                  file=sys.stderr)
+            print(f"{objective}, step {step} of {steps}: loss {value.item():.3f}", file=sys.stderr)
         yield step
 
 
-# The quickstart's width and depth; 256 bytes and 5 special tokens.
 SMALL = RobertaConfig(vocab_size=261, hidden_size=192, num_hidden_layers=4, num_attention_heads=3,
                       intermediate_size=768, max_position_embeddings=514, type_vocab_size=1,
-                      pad_token_id=1, layer_norm_eps=1e-5)
+                      pad_token_id=1, layer_norm_eps=1e-5)  # 256 bytes and 5 special tokens
 
 
 def pretrained(args: argparse.Namespace, device: torch.device) -> Path:
     """The folder of a small RoBERTa that has learned what RoBERTa learns; if need be, made now."""
     folder = OUT / f"roberta-{args.pretrain_steps}-steps"
-    check_length(args.length, SMALL)
     if not folder.exists():
         part = folder.with_name(folder.name + ".part")
         part.mkdir(parents=True, exist_ok=True)
@@ -414,171 +395,106 @@ def pretrained(args: argparse.Namespace, device: torch.device) -> Path:
         torch.manual_seed(1)
         model = Roberta(SMALL, encoding.n_vocab).to(device)
         tokens = read_tokens(args.data_dir, "train", encoding, args.length)
-        for _ in train(model, tokens, "mlm", args.pretrain_steps, args, "pretraining at 15%"):
+        for _ in train(model, tokens, "mlm", args.pretrain_steps, args, seed=0):
             pass
         save_roberta(model, rows, part)
         part.rename(folder)  # so that it is there whole or not at all
     return folder
 
 
-def write(model: Roberta, encoding: tiktoken.Encoding, length: int) -> str:
-    """A text from nothing, by the sampler that writes the byte model's."""
-    x = torch.full((1, length), model.mask_id, device=model.head_bias.device)
-    with autocast(x.device.type):
-        tokens = generate(model, x, model.mask_id, Generator().manual_seed(1), steps=64,
-                          order="confidence", gumbel=1.0, remask="renoise", temperature=0.5)
-    return encoding.decode(tokens[0].tolist())
-
-
-def diffuse(model: Roberta, weights: str, tokens: Tensor, x_0: Tensor, bits: float,
-            marks: list[int], args: argparse.Namespace) -> dict[int, Bound]:
-    """Train as a diffusion model; {step: the bound on x_0} at each of the `marks`, also printed.
-
-    bits: bits per byte in a nat per token.
-    """
+def diffuse(model: Roberta, tokens: Tensor, x_0: Tensor, marks: list[int], seed: int,
+            args: argparse.Namespace) -> dict[int, Bound]:
+    """Train as a diffusion model; {step: the bound on x_0} at each of the `marks`, 0 the first."""
     bounds = {}
-
-    def measure(step: int) -> None:
-        with autocast(x_0.device.type):
-            bound = nelbo(model, x_0, model.mask_id, batch_size=args.rows)
-        bounds[step] = bound
-        print(f"{weights:12} {step:5}  {bound.nats:8.3f} +- {bound.stderr:.3f}  "
-              f"{bound.nats * bits:9.3f}", flush=True)
-
-    measure(0)
-    for step in train(model, tokens, "diffusion", marks[-1], args, weights):
+    for step in (0, *train(model, tokens, "diffusion", marks[-1], args, seed)):
         if step in marks:
-            measure(step)
+            with autocast(x_0.device.type):
+                bounds[step] = nelbo(model, x_0, model.mask_id)
     return bounds
 
 
-def paint(axes, runs: dict[str, dict[int, Bound]], curves: dict[str, Bound],
-          frequencies: float) -> None:
-    """Left the bounds by step, right the losses by mask ratio."""
+def paint(axes, nats: dict[str, Tensor], marks: list[int], curves: dict[str, Bound]) -> None:
+    """Left the bounds (seeds, marks) by step, right the losses by mask ratio of the first seed."""
     left, right = axes
-    for weights, bounds in runs.items():
-        left.errorbar(list(bounds), [bound.nats for bound in bounds.values()],
-                      [bound.stderr for bound in bounds.values()], marker="o",
+    for weights, values in nats.items():
+        left.errorbar(marks, values.mean(0), values.std(0) / len(values) ** 0.5, marker="o",
                       label=f"{weights} weights")
     left.set(title="From both starts", xlabel="steps of diffusion training",
              ylabel="NELBO <=, nats per token")
     for label, bound in curves.items():
-        N, counts, nats, _ = bound.curve
-        right.plot([m / N for m in counts], nats, marker=".", label=label)
-    right.axhline(frequencies, linestyle=":", color="black", label="frequencies alone")
+        N, counts, height, _ = bound.curve
+        right.plot([m / N for m in counts], height, marker=".", label=label)
     right.set(title="The loss by mask level", xlabel="mask ratio",
               ylabel="CE(m), nats per hidden token")
     for axis in axes:
         axis.legend()
 
 
-def conclusion(runs: dict[str, dict[int, Bound]], detour: Tensor, frequencies: float,
-               steps: int) -> str:
-    """The answer in words, by the numbers.
-
-    detour: by how much the NELBO is lower by way of pretraining than by the longest run from random
-        weights, for each pair of rows: the difference of two networks on the same questions is
-        known well.
-    """
-    before = runs["pretrained"][0]
-    after = runs["pretrained"][steps]
-    random = runs["random"][steps]
-    blind = before.curve.nats[-1]
-    gain = random.nats - after.nats
-    longest = max(runs["random"])
-    text = (f"as it comes, the network has a loss of {blind:.2f} nats with everything hidden, "
-            f"{'more' if blind > frequencies else 'no more'} than the {frequencies:.2f} of token "
-            f"frequencies alone, and NELBO <= {before.nats:.2f}. After {steps} steps at all mask "
-            f"levels it has {after.nats:.3f}, from random weights {random.nats:.3f}: ")
-    if gain < 2 * math.hypot(random.stderr, after.stderr):
-        return text + "no head start worth the name."
-    text += f"a head start of {gain:.3f} nats/token"
-    if longest == steps:
-        return text + "."
-    reached = [step for step, bound in runs["random"].items() if bound.nats <= after.nats]
-    needed = f"at most {reached[0]}" if reached else f"over {longest}"
-    difference, error = mean_and_error(detour)
-    verdict = "worse than" if difference > 0 else "better than"
-    if abs(difference) < 2 * error:
-        verdict = "no different from"
-    return text + (f", for which random weights need {needed} steps. After {longest}, as many as "
-                   f"pretraining and fine-tuning together, they have "
-                   f"{runs['random'][longest].nats:.3f}: {verdict} the way over 15% (by "
-                   f"{abs(difference):.3f} +- {error:.3f}).")
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = flags("roberta_start", __doc__)
     add = parser.add_argument
-    add("--pretrain-steps", type=count, default=600,
-        help="without --checkpoint, at 15%% (default: 600)")
-    add("--steps", type=count, default=200, help="of diffusion training (default: 200)")
+    add("--pretrain-steps", type=count, default=500,
+        help="without --checkpoint, at 15%% (default: 500)")
+    add("--steps", type=count, default=100, help="of diffusion training (default: 100)")
+    add("--seeds", type=count, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     add("--rows", type=count, default=32, help="of a step (default: 32)")
     add("--length", type=count, default=64, help="tokens of a row (default: 64)")
+    add("--eval-rows", type=several, default=256, help="of validation text (default: 256)")
     add("--learning-rate", type=float, help="(default: 3e-4; with --checkpoint 1e-4)")
-    add("--eval-rows", type=int, default=256, help="rows of validation text (default: 256)")
     parser.set_defaults(checkpoint=None)
     args = parser.parse_args(arguments)
-    if args.eval_rows < 4 or args.eval_rows % 2:
-        raise ConfigError(f"--eval-rows must be even and at least 4, not {args.eval_rows}")
+    if args.length > SMALL.context_length:
+        raise ConfigError(f"--length {args.length} is more than {SMALL.context_length}, RoBERTa's "
+                          "context length")
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.checkpoint else 3e-4
     return args
 
 
-@command("experiments.roberta_start")
+@command("experiments.roberta_start", ValueError)  # of a --length beyond another context length
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
     keep_freed_memory()
     device = choose_device("auto")
     folder = Path(args.checkpoint) if args.checkpoint else pretrained(args, device)
     model, encoding = load_roberta(folder)
-    check_length(args.length, model.config)
-    train_tokens = read_tokens(args.data_dir, "train", encoding, args.length)
-    val_tokens = read_tokens(args.data_dir, "val", encoding, args.length)
-    starts = torch.linspace(0, len(val_tokens) - args.length, args.eval_rows).long()
-    x_0 = val_tokens.unfold(0, args.length, 1)[starts].to(device)
-    bits = len(val_tokens) / len(encoding.decode_bytes(val_tokens.tolist())) / math.log(2)
+    tokens = read_tokens(args.data_dir, "train", encoding, args.length)
+    val = read_tokens(args.data_dir, "val", encoding, args.length)
+    starts = torch.linspace(0, len(val) - args.length, args.eval_rows).long()
+    x_0 = val.unfold(0, args.length, 1)[starts].to(device)
     print(f"{folder}: {count_parameters(model) / 1e6:.1f}M parameters, {model.vocab_size} tokens "
           "to write")
-    print(f"\n{'weights':12} {'steps':>5}  {'NELBO <=, nats/token':>20} bits/byte", flush=True)
+    marks = sorted({0, *(max(1, args.steps >> i) for i in range(3))})
+    runs = {"pretrained": [], "random": []}
+    for seed in args.seeds:
+        torch.manual_seed(seed)
+        networks = {"pretrained": load_roberta(folder)[0],
+                    "random": Roberta(model.config, model.vocab_size)}
+        for weights, network in networks.items():
+            runs[weights].append(diffuse(network.to(device), tokens, x_0, marks, seed, args))
+    nats = {weights: torch.tensor([[run[step].nats for step in marks] for run in found])
+            for weights, found in runs.items()}  # (seeds, marks) each
 
-    marks = sorted({max(1, args.steps >> i) for i in range(4)})
-    longest = args.steps if args.checkpoint else args.pretrain_steps + args.steps
-    doubled = [args.steps << i for i in range(1, 10) if args.steps << i < longest]
-    longer = [*marks, *doubled, longest]
-    torch.manual_seed(2)
-    networks = {"pretrained": model.to(device),
-                "random": Roberta(model.config, model.vocab_size).to(device)}
-    runs = {}
-    pairs = {}
-    texts = {"pretrained, 0 steps": write(model, encoding, args.length)}
-    for weights, network in networks.items():
-        runs[weights] = diffuse(network, weights, train_tokens, x_0, bits,
-                                marks if weights == "pretrained" else longer, args)
-        with autocast(device.type):
-            pairs[weights] = pair_nelbos(network, x_0, network.mask_id)
-        texts[f"{weights}, {max(runs[weights])} steps"] = write(network, encoding, args.length)
-
-    curves = {"pretrained, 0 steps": runs["pretrained"][0],
-              **{f"{weights}, {args.steps} steps": runs[weights][args.steps] for weights in runs},
-              f"random, {longest} steps": runs["random"][longest]}
-    counts = curves["pretrained, 0 steps"].curve.counts
+    print(f"\n{'step':>5}{'pretrained':>19}{'random':>19}{'- random':>19}")
+    for step, ours, other in zip(marks, nats["pretrained"].T, nats["random"].T, strict=True):
+        cells = map(mean_and_error, (ours, other, ours - other))
+        print(f"{step:5}" + "".join(f"{nat:10.3f} +- {error:.3f}" for nat, error in cells))
+    curves = {f"{weights}, {step} steps": runs[weights][0][step]
+              for weights in runs for step in (0, marks[-1])}
+    counts = curves["random, 0 steps"].curve.counts
     print(f"\n{'loss by mask ratio':24}" + "".join(f"{m / args.length:>7.0%}" for m in counts))
     for label, bound in curves.items():
-        print(f"{label:24}" + "".join(f"{nats:7.2f}" for nats in bound.curve.nats))
-    print("\nwritten from nothing")
-    for label, text in texts.items():
-        print(f"{label:24}{text[:80]!r}")
-    frequency = train_tokens.bincount() / len(train_tokens)
-    frequencies = torch.special.entr(frequency).sum().item()
-    draw(args.picture, lambda axes: paint(axes, runs, curves, frequencies), columns=2)
-    logged = {weights: {step: bound._asdict() | {"curve": bound.curve._asdict()}
-                        for step, bound in bounds.items()} for weights, bounds in runs.items()}
-    detour = pairs["random"] - pairs["pretrained"]
-    answer(conclusion(runs, detour, frequencies, args.steps), {
-        "checkpoint": str(folder), "frequencies": frequencies, "bits_per_nat": bits,
-        "texts": texts, "runs": logged})
+        print(f"{label:24}" + "".join(f"{height:7.2f}" for height in bound.curve.nats))
+    frequencies = torch.special.entr(tokens.bincount() / len(tokens)).sum().item()
+    print(f"{'token frequencies alone':24}{frequencies:7.2f}")
+    x = torch.full((1, args.length), model.mask_id, device=device)
+    text = generate(networks["pretrained"], x, model.mask_id, Generator().manual_seed(1),
+                    order="spread", temperature=0.7)
+    print(f"\nwritten from nothing: {encoding.decode(text[0].tolist())!r}")
+    draw(args.picture, lambda axes: paint(axes, nats, marks, curves), columns=2)
+    report({"checkpoint": str(folder), "frequencies": frequencies, "steps": marks,
+            "nelbo": {weights: values.tolist() for weights, values in nats.items()},
+            "curves": {label: bound.curve._asdict() for label, bound in curves.items()}})
 
 
 if __name__ == "__main__":

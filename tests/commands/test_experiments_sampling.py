@@ -31,7 +31,7 @@ from experiments import (
     denoise_page,
     frontier,
     guidance,
-    masking_viz,
+    masking,
     samplers,
     sampling_methods,
     schedules,
@@ -50,44 +50,53 @@ N = 64  # tokens of a text: the context of the networks
 # --- Hiding ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("T, prefix_length", [(256, 0), (256, 16), (37, 0), (37, 20), (10, 0)])
-def test_each_level_hides_exactly_its_part_and_never_the_prefix(T, prefix_length):
-    m, mask = masking_viz.mask_levels(T, prefix_length)
-    assert m.tolist() == [round(k * (T - prefix_length) / 10) for k in range(1, 11)]
-    assert mask.sum(1).tolist() == m.tolist()
-    assert not mask[:, :prefix_length].any() and mask[-1, prefix_length:].all()
+def text_of(*words: str) -> masking.Text:
+    """A row of a token for each; those with a space before them begin a word, as in a text."""
+    x_0 = torch.arange(len(words))[None]
+    word = torch.tensor([[word.startswith(" ") for word in words]]).cumsum(1)
+    return masking.Text(x_0, word, 10 - x_0, seeded(0))
 
 
-def test_the_calls_of_a_sampler_are_counted_by_level():
-    # Ten linear steps of 100 tokens are called at 100, 90 .. 10 hidden: each level once.
-    assert masking_viz.calls_by_level("linear", 100, 10) == [1] * 10
-    assert masking_viz.calls_by_level("cosine", 100, 1) == [0] * 9 + [1]
-    assert masking_viz.calls_by_level("linear", 10, 256) == [1] * 10
-    assert sum(masking_viz.calls_by_level("exponential", 256, 20)) == 20
+def test_every_mask_hides_exactly_half_of_each_row():
+    x_0 = torch.randint(9, (6, 32), generator=seeded(0))
+    text = masking.Text(x_0, torch.arange(32).expand(6, -1) // 3, x_0 + 5, seeded(1))
+    masks = {name: masking.hide_half(score(text)) for name, score in masking.MASKS.items()}
+    assert all((mask.sum(1) == 16).all() for mask in masks.values())
+    assert masks["the first half"][:, :16].all() and masks["the second half"][:, 16:].all()
+    assert masks["every second"][:, 1::2].all()
+    rare, common = masks["rare tokens"], masks["common tokens"]
+    assert x_0[rare].double().mean() < 3 < 5 < x_0[common].double().mean()
+    spans = masks["spans of 8"].view(6, 4, 8).sum(2)
+    assert ((spans == 0) | (spans == 8)).all()
 
 
-def test_belief_is_the_probability_of_the_true_token_where_hidden():
-    mask = torch.zeros(10, 2, dtype=torch.bool)
-    mask[0, 1] = True
-    mask[9] = True
-    model = Fixed(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log())
-    model.config = SimpleNamespace(mask_id=3)
-    shown = masking_viz.belief(model, torch.tensor([1, 2]), mask)
-    expected = torch.tensor([[math.nan, 0.8], [0.3, 0.8]])
-    torch.testing.assert_close(shown[[0, 9]], expected, equal_nan=True)
-    assert shown[1:9].isnan().all()
+def test_words_are_hidden_whole():
+    text = text_of(" in", " con", "stit", "ution", " we", " trust", "ed", " it")
+    for _ in range(20):
+        mask = masking.hide_half(masking.MASKS["whole words"](text))[0]
+        cut = [word for word in range(1, 6) if mask[text.word[0] == word].unique().numel() > 1]
+        assert len(cut) <= 1  # where the half ends
 
 
-def test_masking_viz_shows_what_is_hidden_as_blocks(finish):
-    lines, result = finish(masking_viz, "--checkpoint run --rows 4 --prefix-length 6 --width 64")
-    hidden = [row["hidden"] for row in result["levels"]]
-    assert hidden == [round(k * N / 10) for k in range(1, 11)]
-    assert sum(row["linear"] for row in result["levels"]) == 20
-    views = [line for line in lines if masking_viz.HIDDEN in line]
-    behind = [round(k * (N - 6) / 10) for k in range(1, 11)]  # the prefix
-    assert [view.count(masking_viz.HIDDEN) for view in views] == hidden + behind
-    assert all("  the qu" in view for view in views[10:])
-    assert not any("\033" in line for line in lines)  # a pipe gets no colours
+def test_the_price_of_a_mask_is_that_of_writing_what_it_hides():
+    x_0 = EXACT.sample(50)
+    mask = torch.tensor([[False, True, True, False]]).expand(50, -1)
+    model = Exact(JOINT)
+    model.config = SimpleNamespace(mask_id=V)
+    one_by_one = masking.price(model, x_0, mask, steps=2)
+    for text, nats in zip(x_0, one_by_one, strict=True):
+        a, b, c, d = text.tolist()
+        p = EXACT.marginal[a, b, c, d] / EXACT.marginal[a, V, V, d]
+        assert nats == pytest.approx(-p.log().item() / 2, abs=1e-5)
+
+
+def test_masking_shows_what_is_hidden_as_blocks(finish):
+    lines, result = finish(masking, "--checkpoint run --rows 4 --width 64")
+    views = [line for line in lines if masking.HIDDEN in line]
+    hidden = [round(k * N / 10) for k in range(1, 11)]
+    assert [view.count(masking.HIDDEN) for view in views] == hidden + [N // 2] * len(masking.MASKS)
+    assert result["masks"][0]["more"] == 0
+    assert [row["mask"] for row in result["masks"]] == list(masking.MASKS)
 
 
 # --- Writing and judging --------------------------------------------------------------------------
@@ -231,72 +240,66 @@ def test_classifier_free_guidance_raises_what_the_prefix_makes_likelier(strength
     assert chi_square_p(torch.bincount(written[:, 2], minlength=V), expected) > 1e-3
 
 
-def test_a_bag_of_tokens_is_the_sum_of_the_weights_of_its_visible_runs():
-    bag = guidance.BagOfTokens(mask_id=9, longest=2).requires_grad_(False)
-    torch.nn.init.normal_(bag.weight.weight, generator=seeded(0))
-
-    def weigh(*row):
-        return bag(torch.tensor([row])).item()
-
-    ones = [weigh(token) for token in range(3)]
-    pairs = {(a, b): weigh(a, b) - ones[a] - ones[b] for a in range(3) for b in range(3)}
-    assert len({round(pair, 6) for pair in pairs.values()}) == 9  # order matters
-    expected = ones[0] + ones[1] + ones[1] + ones[2] + pairs[0, 1] + pairs[1, 2]
-    assert weigh(0, 1, 9, 1, 2) == pytest.approx(expected, abs=1e-5)
-    assert weigh(9, 9) == 0
-
-
-def test_a_bag_of_tokens_learns_to_tell_two_languages_apart():
-    def language(shift):  # the same letters, upwards or downwards
-        moves = torch.randint(0, 2, (5000,), generator=seeded(shift + 1)) * shift
-        return moves.cumsum(0) % 7
-
-    bag = guidance.BagOfTokens(mask_id=7, longest=2)
-    languages = language(1), language(-1)
-    assert bag.accuracy(languages, T=32) == pytest.approx(0.5)  # all weights 0: one answer
-    bag.fit(languages, steps=60, T=32)
-    assert bag.accuracy(languages, T=32) > 0.85
-    down_and_up = torch.tensor([[0, 6, 5, 5, 4, 3], [0, 1, 2, 2, 3, 4]])
-    assert (bag(down_and_up) > 0).tolist() == [True, False]
+def test_a_bag_of_words_is_the_sum_of_the_log_ratios_of_its_visible_tokens():
+    bag = guidance.BagOfWords((torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1])), mask_id=3)
+    # One more of each: 4, 2, 1 of 7 against 1, 3, 1 of 5.
+    ratios = [math.log(1 / 5 * 7 / 4), math.log(3 / 5 * 7 / 2), math.log(1 / 5 * 7 / 1)]
+    odds = bag(torch.tensor([[0, 1, 1], [2, 3, 3], [3, 3, 3]]))
+    expected = torch.tensor([ratios[0] + 2 * ratios[1], ratios[2], 0])
+    torch.testing.assert_close(odds, expected)
 
 
 def test_guidance_steers_both_ways(finish):
     old = ("train", ["of olden times we spoke thus " * 20])
     modern = ("train", ["tonight my americans " * 20])
-    write_dataset(iter([old] * 6 + [modern] * 6 + [("val", ["x"])]), "byte", Path("ages"), "test")
-    _, result = finish(guidance, "--checkpoint run --data-dir ages --num-samples 4 --length 24 "
-                       "--prefix ton --strengths 1 500 --fit-steps 40")
-    assert result["real"] == {"old": 0, "modern": 1}
-    found = {(run["guidance"], run["strength"]): run["judged_modern"] for run in result["runs"]}
-    assert found["towards modern", 500] > found["towards old", 500]
-    assert ("classifier-free", 1) in found and ("classifier-free", 500) not in found
+    val = ("val", ["tonight we spoke of olden times my americans " * 10])
+    write_dataset(iter([old] * 6 + [modern] * 6 + [val]), "byte", Path("ages"), "test")
+    _, result = finish(guidance, "--checkpoint run --judge twin --data-dir ages --num-samples 4 "
+                       "--length 24 --prefix ton --strengths 1 500")
+    modern = {(row["guidance"], row["strength"]): row["modern"] for row in result["rows"]}
+    assert (modern["real old text", 0], modern["real modern text", 0]) == (0, 1)
+    assert modern["towards modern", 500] > modern["towards old", 500]
+    assert ("classifier-free", 1) in modern and ("classifier-free", 500) in modern
 
 
 # --- Structure ------------------------------------------------------------------------------------
 
-TEMPLATE = "On [word:May|July|September] [digits:2], [MASK:5] [letters:3]!"
-PATTERN = rb"On (May      |July     |September) \d\d, .{5} [a-zA-Z]{3}!"
+TEMPLATE = "On [word:May|July|September] [digits:2],[MASK:5] [word:no|a house]!"
+PATTERN = rb"On (May|July|September) \d\d,.{5} (no|a house)!"
 
 
 @pytest.mark.parametrize("order, steps", [("random", 1), ("random", 5), ("confidence", 2),
                                           ("left_to_right", 40), ("ancestral", 5)])
 def test_the_result_always_satisfies_the_template(order, steps):
-    x, form = structured.parse(TEMPLATE, BYTES, MASK)
-    logits = torch.randn(len(x), MASK, generator=seeded(0)) * 3
-    logits[:, BYTES.eot_token] = -torch.inf
-    rows = generate(Fixed(logits), x.expand(20, -1), MASK, seeded(2), steps=steps, order=order,
-                    remask="renoise", adjust=structured.keep_form(form, MASK, seeded(1)))
-    texts = [BYTES.decode_bytes(row.tolist()) for row in rows]
+    parts = structured.parse(TEMPLATE, BYTES, MASK)
+    logits = torch.randn(MASK, generator=seeded(0)).expand(99, -1) * 3
+    logits = logits.index_fill(1, torch.tensor([BYTES.eot_token]), -torch.inf)
+    model = lambda tokens, positions: logits[positions % tokens.size(1)]  # noqa: E731
+    texts = []
+    for seed in range(8):
+        x, form = structured.settle(model, parts, MASK, seeded(seed))
+        rows = generate(model, x.expand(5, -1), MASK, seeded(2), steps=steps, order=order,
+                        remask="renoise", adjust=structured.keep_form(form, MASK, seeded(1)))
+        texts += [BYTES.decode_bytes(row.tolist()) for row in rows]
     assert all(re.fullmatch(PATTERN, text, re.S) for text in texts), texts
-    assert all(structured.satisfies(row, x, form, MASK) for row in rows)
-    assert len(set(texts)) == 20
+    assert all(structured.pattern_of(TEMPLATE).fullmatch(text) for text in texts)
+    assert len({len(text) for text in texts}) > 1  # alternatives of every length
 
 
-def test_an_unsatisfied_row_is_recognised():
-    x, form = structured.parse("a[digits:1][word:no|on]", BYTES, MASK)
-    for text, verdict in (("a1no", True), ("a9on", True), ("b1no", False), ("axno", False),
-                          ("a1nn", False)):
-        assert structured.satisfies(torch.tensor(list(text.encode())), x, form, MASK) == verdict
+@pytest.mark.parametrize("text, verdict", [("a1no.", True), ("a9on.", True), ("b1no.", False),
+                                           ("axno.", False), ("a1nn.", False), ("a1noo", False)])
+def test_a_text_that_breaks_the_form_is_recognised(text, verdict):
+    pattern = structured.pattern_of("a[digits:1][word:no|on].")
+    assert (pattern.fullmatch(text.encode()) is not None) == verdict
+
+
+def test_lengths_are_drawn_with_the_probability_of_their_contents():
+    p = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.6, 0.3]])
+    parts = [{1: torch.tensor([[0]]), 2: torch.tensor([[1, 1], [2, 0]])}]
+    lengths = [len(structured.settle(lambda tokens, positions: p.log()[positions], parts, 3,
+                                     seeded(seed))[0]) for seed in range(2000)]
+    two = 0.2 * 0.6 + 0.3 * 0.1
+    assert lengths.count(2) / 2000 == pytest.approx(two / (two + 0.5), abs=0.04)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -316,19 +319,18 @@ def test_words_are_chosen_as_the_network_would(steps):
     assert fits(x, expected)
 
 
+def test_a_space_before_a_word_belongs_to_it():
+    given, hole, behind = structured.parse("In [word:May|June]!", BYTES, MASK)
+    assert BYTES.decode(given) == "In" and BYTES.decode(behind) == "!"
+    assert [BYTES.decode(contents[0].tolist()) for contents in hole.values()] == [" May", " June"]
+
+
 def test_structured_writes_what_satisfies_the_template(workplace, capsys):
     flags = ["--checkpoint", "run", "--steps", "1", "--num-samples", "2", "--template"]
     assert structured.main([*flags, "[digits:2]"]) == 0
-    *texts, verdict = capsys.readouterr().out.splitlines()
+    *texts, verdict, _, numbers = capsys.readouterr().out.splitlines()
     assert all(re.fullmatch(r"\d\d", text) for text in texts)
-    assert verdict == "2 of 2 satisfy the template"
-
-
-def test_a_hole_that_no_token_fits_is_refused():
-    spaces_are_two = SimpleNamespace(encode_ordinary=lambda text: [
-        token for c in text for token in ([1, 2] if c == " " else [ord(c)])])
-    with pytest.raises(ValueError, match="2 tokens"):
-        structured.parse("[word:a|abc]", spaces_are_two, MASK)
+    assert verdict == "2 of 2 satisfy the template" and json.loads(numbers)["satisfied"] == 2
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -407,14 +409,14 @@ def test_the_slider_and_the_play_button_move_through_the_steps(page, tmp_path):
                                    step)
 
         given = ("Hi", "")
-        hidden = (masking_viz.HIDDEN, "hidden")
+        hidden = (masking.HIDDEN, "hidden")
         assert state() == ("step 0 of 3: 3 hidden", [given, hidden, hidden, hidden])
         slide_to(1)  # markup in a token is shown as text
         evil = ("</script><b id='evil'>&", "new")
         assert state() == ("step 1 of 3: 2 hidden", [given, evil, hidden, hidden])
         assert not browser.find_elements("id", "evil")
         slide_to(2)
-        remasked = (masking_viz.HIDDEN, "again")
+        remasked = (masking.HIDDEN, "again")
         assert state() == ("step 2 of 3: 1 hidden", [given, remasked, ("x", "new"), ("y", "new")])
         spans = browser.find_elements("css selector", "main p span")
         written = "probability 0.500, written in step 2"

@@ -13,7 +13,6 @@ from oracles import EXACT, FOX, Fixed, T, V, seeded
 import diffusion
 from diffusion import Masking
 from experiments import (
-    custom_masking,
     domain,
     layers,
     prefix_lengths,
@@ -34,31 +33,7 @@ def config_of(name: str) -> dict:
     return json.loads(Path(f"out/experiments/{name}/config.json").read_text())
 
 
-# --- Distributions of the mask ratio of one's own -------------------------------------------------
-
-
-@pytest.mark.parametrize("name, mean", [("high", 2 / 3), ("low", 1 / 3)])
-def test_draws_follow_the_cdf(name, mean):
-    N = 50
-    n = 40_000
-    cdf = custom_masking.CUSTOM[name]
-    m = diffusion.draw_num_masked(n, N, Masking(mask_ratio=cdf), seeded(0))
-    for k in (1, 10, 25, 49, 50):  # strata: far closer than independent draws
-        expected = cdf(torch.tensor(k / N)).item()
-        assert (m <= k).double().mean().item() == pytest.approx(expected, abs=2 / n)
-    assert m.double().mean().item() / N == pytest.approx(mean, abs=0.02)
-    t, q = custom_masking.density(name)
-    assert q.mean().item() == pytest.approx(1)
-    assert (q * t).mean().item() == pytest.approx(mean, abs=1e-4)
-
-
-def test_training_reads_the_added_lines(workplace, capsys):  # in a process of its own
-    flags = TINY + "--ratios high --steps 3 --rows 8 --picture a.png"
-    assert custom_masking.main(flags.split()) == 0
-    assert "high" not in diffusion.MASK_RATIOS
-    (run,) = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
-    assert run["mask_ratio"] == config_of("masking-high")["mask_ratio"] == "high"
-    assert run["nelbo"] > 1
+# --- The recipe ------------------------------------------------------------------------------------
 
 
 def test_the_recipe_is_a_table_of_trainings(workplace, started, monkeypatch, capsys):
@@ -79,19 +54,6 @@ def test_the_recipe_is_a_table_of_trainings(workplace, started, monkeypatch, cap
         more = [other - base for other, base in zip(bits, result["bits_per_byte"]["as it is"],
                                                     strict=True)]
         assert f"{sum(more) / 2:+.3f} +- {abs(more[0] - more[1]) / 2:.3f}" in row
-
-
-def test_the_answer_names_the_best_and_what_cannot_be_told_from_it():
-    base = torch.randn(200, generator=seeded(0)) + 1
-    noise = torch.randn(200, generator=seeded(1)) * 0.1
-    pairs = {"bell": base, "uniform": base + 0.02 + noise, "high": base + 0.5}
-    curves = {name: terms.expand(len(custom_masking.LEVELS), -1) for name, terms in pairs.items()}
-    text = custom_masking.conclude(pairs, curves, "bell")
-    tied = not custom_masking.differ(pairs["uniform"], pairs["bell"])
-    assert text.startswith("bell has the lowest NELBO") and not tied
-    pairs["uniform"] = base + noise - noise.mean() + 0.001
-    assert "but uniform cannot be told from it" in custom_masking.conclude(pairs, curves, "bell")
-    assert "high ratios instead of bell change CE by +0.500 +- 0.000 at 10% hidden" in text
 
 
 # --- Prompts --------------------------------------------------------------------------------------
@@ -205,9 +167,12 @@ def test_what_is_decided_is_what_will_be_written(network):
 
 
 def test_layers(finish):
-    _, result = finish(layers, "--checkpoint run --rows 8 --num-samples 2 --steps 4 --prefix fox")
+    lines, result = finish(layers, "--checkpoint run --rows 8 --num-samples 2 --text f[MASK:2]x")
     assert list(result["ce"]) == ["embedding", "block 1", "block 2"]
     assert all(len(row) == len(layers.LEVELS) for row in result["ce"].values())
+    assert len(result["decided"]["block 2"]) == 16
+    guesses = next(line for line in lines if line.startswith("block 1"))
+    assert guesses.count("%") == 6  # three for each hole
 
 
 # --- Another domain -------------------------------------------------------------------------------
@@ -227,11 +192,10 @@ def test_what_parses(verdict, lines):
 def test_cut_lines_comments_and_short_ones_do_not_count():
     text = ("cut = off\n  whole = line\nx = 1\n\n# a comment of some length\nfoo(bar, = 2\n"
             "whole = line\ncut")
-    assert domain.counted(text) == ["whole = line", "foo(bar, = 2", "whole = line"]
-    row = domain.judge([text, text])
+    row = domain.judge_lines("", [text, text])
     numbers = (row["parse"], row["lines"], row["different"])
     assert numbers == (pytest.approx(4 / 6), 6, 1 / 4)
-    assert row["example"] == "whole = line" and domain.judge(["", "\n"])["lines"] == 0
+    assert row[" one of them"] == "whole = line" and domain.judge_lines("", ["\n"])["lines"] == 0
 
 
 SOURCE = ("import sys\n\n\ndef function(argument):\n    value = argument + 1\n"
@@ -240,45 +204,34 @@ SOURCE = ("import sys\n\n\ndef function(argument):\n    value = argument + 1\n"
 
 @pytest.fixture
 def holes() -> list[domain.Hole]:
-    ids = get_tokenizer("byte").encode_ordinary(SOURCE)
-    return domain.holes(torch.tensor([ids[i : i + 64] for i in range(20)]), 10)
+    tokenizer = get_tokenizer("byte")
+    ids = tokenizer.encode_ordinary(SOURCE)
+    return domain.holes(torch.tensor([ids[i : i + 90] for i in range(10)]), tokenizer.decode)
 
 
 def test_holes_lie_inside_lines_that_parse(holes):
     assert len(holes) == 10
     for hole in holes:
         line = bytes(hole.row[hole.line].tolist()).decode()
-        assert line in [line.strip() for line in SOURCE.split("\n")] and domain.parses(line)
+        assert line in SOURCE.split("\n") and domain.parses(line)
         assert hole.line.start <= hole.hidden.start and hole.hidden.stop <= hole.line.stop
-        assert hole.hidden.stop - hole.hidden.start == domain.HOLE
+        assert hole.hidden.stop - hole.hidden.start == domain.SIZE
     assert len({hole.hidden.start - hole.line.start for hole in holes}) > 3
     with pytest.raises(domain.DataError, match="no line"):
-        domain.holes(torch.full((4, 64), 65), 10)
+        domain.holes(torch.full((4, 64), 65), get_tokenizer("byte").decode)
 
 
 def test_filled_holes_are_judged_by_the_line_they_are_in(holes):
     decode = get_tokenizer("byte").decode
     holes = holes[:8]
     rows = torch.stack([hole.row for hole in holes])
-    judged = domain.judge_filled(rows, holes, decode)
+    judged = domain.judge_filled("", rows, holes, decode)
     assert (judged["filled"], judged["exact"]) == (1, 1)
     for row, hole in zip(rows[:6], holes[:6], strict=True):
         row[hole.hidden] = ord("(")
     rows[7, holes[7].hidden] = ord("a")  # parses, unless a keyword was there, but is not the text
-    judged = domain.judge_filled(rows, holes, decode)
+    judged = domain.judge_filled("", rows, holes, decode)
     assert judged["exact"] == 1 / 8 and judged["filled"] in (1 / 8, 2 / 8)
-
-
-def test_only_the_holes_are_filled(holes):
-    logits = torch.zeros(1, 257)
-    logits[0, 7] = 100  # always writes 7
-    model = Fixed(logits)
-    model.config = SimpleNamespace(mask_id=257)
-    rows = domain.fill(model, holes, temperature=1.0)
-    for row, hole in zip(rows, holes, strict=True):
-        assert (row[hole.hidden] == 7).all()
-        row[hole.hidden] = hole.row[hole.hidden]
-        assert torch.equal(row, hole.row)
 
 
 def test_domain(finish):
@@ -288,13 +241,12 @@ def test_domain(finish):
     Path("source/test/left_out.py").write_text("no")
     Path("source/latin.py").write_bytes(b"x = '\xe4'")
     assert len(domain.source_files(Path("source"))) == 12
-    _, result = finish(domain, TINY + "--checkpoint run --source source --steps 3 --rows 8 "
-                       "--num-samples 2 --sampling-steps 4 --holes 4")
-    assert result["lines"]["real text"]["parse"] == 1
-    assert result["lines"]["its lines shuffled"]["parse"] < 0.5
-    assert len(result["filled"]) == 2 + 3 * 3
-    assert set(result["nelbo"]) == {"English only", "from scratch", "continued"}
-    assert config_of("python-continued")["init_from"] == "run"
+    _, result = finish(domain, TINY + "--source source --tokenizer bpe:280 --steps 3 --rows 8 "
+                       "--num-samples 2")
+    parse = {row["lines of"]: row["parse"] for row in result["lines"]}
+    assert list(parse)[3:] == list(domain.SAMPLERS)
+    assert parse["real text"] == 1 > 0.5 > parse["its tokens shuffled"]
+    assert len(result["filled"]) == 2 + 3
 
 
 # --- Levels ---------------------------------------------------------------------------------------
