@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> None:
     streams = [old_and_modern(TokenFile(args.data_dir, "train"), part) for part in (0, 1)]
     guide, second = (BagOfWords(classes, twins.mask_id) for classes in streams)
     for name, end in (("modern", guide.weight), ("old", -guide.weight)):
-        words = [tokenizer.decode([token]) for token in end.topk(12).indices]
+        words = [tokenizer.decode([token]) for token in end[:-1].topk(12).indices]
         print(f"the most {name} words:{''.join(words)}")
 
     results = []

@@ -121,7 +121,7 @@ def paint_grid(axes, model: Transformer, x_0: Tensor, masks: dict[str, Tensor],
     hidden = torch.stack([*masks.values()])
     p = model(x_0.where(~hidden, model.config.mask_id)).softmax(-1)  # (n,T,V)
     p = p.gather(2, x_0.expand(len(p), -1)[..., None]).squeeze(2).masked_fill(~hidden, torch.nan)
-    image = axes.imshow(p[:, : len(texts)], aspect="auto", vmin=0, vmax=1)
+    image = axes.imshow(p[:, : len(texts)].numpy(), aspect="auto", vmin=0, vmax=1)
     for row, t in (~hidden[:, : len(texts)]).nonzero().tolist():
         axes.text(t, row, texts[t].strip()[:9], ha="center", va="center", fontsize=7,
                   parse_math=False)

@@ -23,6 +23,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 
 import tiktoken
@@ -406,7 +407,7 @@ def diffuse(model: Roberta, tokens: Tensor, x_0: Tensor, marks: list[int], seed:
             args: argparse.Namespace) -> dict[int, Bound]:
     """Train as a diffusion model; {step: the bound on x_0} at each of the `marks`, 0 the first."""
     bounds = {}
-    for step in (0, *train(model, tokens, "diffusion", marks[-1], args, seed)):
+    for step in chain([0], train(model, tokens, "diffusion", marks[-1], args, seed)):
         if step in marks:
             with autocast(x_0.device.type):
                 bounds[step] = nelbo(model, x_0, model.mask_id)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from oracles import EXACT, FOX, Fixed, T, V, seeded
+from oracles import EXACT, FOX, T, V, seeded
 
 import diffusion
 from diffusion import Masking
@@ -33,7 +33,7 @@ def config_of(name: str) -> dict:
     return json.loads(Path(f"out/experiments/{name}/config.json").read_text())
 
 
-# --- The recipe ------------------------------------------------------------------------------------
+# --- The recipe -----------------------------------------------------------------------------------
 
 
 def test_the_recipe_is_a_table_of_trainings(workplace, started, monkeypatch, capsys):
@@ -206,7 +206,7 @@ SOURCE = ("import sys\n\n\ndef function(argument):\n    value = argument + 1\n"
 def holes() -> list[domain.Hole]:
     tokenizer = get_tokenizer("byte")
     ids = tokenizer.encode_ordinary(SOURCE)
-    return domain.holes(torch.tensor([ids[i : i + 90] for i in range(10)]), tokenizer.decode)
+    return domain.holes(torch.tensor([ids[i : i + 80] for i in range(10)]), tokenizer.decode)
 
 
 def test_holes_lie_inside_lines_that_parse(holes):

@@ -120,8 +120,8 @@ def test_comparing_finds_the_gap_of_a_known_error():
 
 def test_the_proof_corpus_measures_the_gap_on_the_same_questions(finish):
     _, result = finish(
-        proof_corpus, "--tokens=4000 --rows=40 --seeds 1 2 --compile=false --n-layer=1 --n-head=1 --n-embd=16 "
-        "--context-length=16 --batch-size=4 --steps=4 --eval-interval=2 --eval-rows=8 "
+        proof_corpus, "--tokens=4000 --rows=40 --seeds 1 2 --compile=false --n-layer=1 --n-head=1 "
+        "--n-embd=16 --context-length=16 --batch-size=4 --steps=4 --eval-interval=2 --eval-rows=8 "
         "--final-eval-rows=8 --log-interval=1")
     chain = proof_corpus.make_chain(8, seed=0)
     assert result["entropy"] == pytest.approx(exact_entropy(chain, 16))

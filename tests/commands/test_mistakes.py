@@ -60,7 +60,7 @@ COMMANDS = [
     ("training_dynamics", "--batches=0", "must be at least 2, not 0"),
     ("training_dynamics", "--checkpoint=twin", "is of objective autoregressive, not diffusion"),
     ("structured", "--num-samples=0", "must be at least 1, not 0"),
-    ("structured", "--order=best", "order must be random or"),
+    ("structured", "--template=[digits:2] --order=best", "order must be random or"),
     ("structured", "--template=In:[wrd:May|June]", "[wrd:May|June] is no hole"),
     ("structured", "--template=[MASK:3][digits:x]", "[digits:x] is no hole"),
     ("structured", "--template=In[May]", "the template has no holes"),
