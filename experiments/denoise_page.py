@@ -2,13 +2,10 @@
 
     python sample.py --prefix "The state of the Union" --steps 40 --jsonl steps.jsonl
 
-writes the steps. The page, to be opened in a browser, holds everything it needs: no network, no
-library. A slider and a play button move through the steps; a token's colour is the step at which it
-was written (dark early, light late), a ring marks what was written in the step on show, and
-hovering tells the probability.
-
-The picture is of the first text alone, and moves by itself, also where scripts are forbidden, as in
-a README.
+writes the steps. The page holds everything it needs: no network, no library. A slider and a play
+button move through the steps; a token's colour is the step at which it was written (dark early,
+light late), a ring marks what was written in the step on show, and hovering tells the probability.
+The picture is of the first text alone, and moves by itself, also where scripts are forbidden.
 """
 
 import json
@@ -25,14 +22,10 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>Denoising, step by step</title>
 <style>
-  body { font: 16px/1.7 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em;
-         color: #222 }
+  body { font: 16px/1.7 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em }
   header { position: sticky; top: 0; background: #fff; padding: .5em 0; display: flex; gap: 1em }
   #step { flex: 1 }
-  #label { min-width: 15em; text-align: right; font-variant-numeric: tabular-nums }
-  p { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace;
-      font-size: 15px }
-  span { border-radius: 3px }
+  p { white-space: pre-wrap; overflow-wrap: anywhere }
   .hidden { color: #bbb }
   .again { color: #c22 }
   .new { box-shadow: 0 0 0 2px #222 }
@@ -55,29 +48,24 @@ PAGE = """<!doctype html>
   // as text, never as markup: a model may write anything.
   function position(text, since, probability, step) {
     const span = document.createElement("span")
-    if (text === null) {
-      span.className = since === step && step > 0 ? "again" : "hidden"
-      span.textContent = "\\u2591"
-      span.title = "hidden"
-    } else {
-      span.textContent = text
-      const written = `probability ${probability.toFixed(3)}, written in step ${since}`
-      const late = since / last
-      span.title = since === 0 ? "given" : written
-      if (since > 0) span.style.background = `hsl(${210 - 170 * late} 80% ${62 + 26 * late}%)`
-      if (since === step && step > 0) span.className = "new"
-    }
+    const late = since / last
+    const changed = since === step && step > 0
+    span.textContent = text ?? "\\u2591"
+    span.className = text === null ? (changed ? "again" : "hidden") : (changed ? "new" : "")
+    span.title = text === null ? "hidden" : since === 0 ? "given"
+      : `probability ${probability.toFixed(3)}, written in step ${since}`
+    if (text !== null && since > 0)
+      span.style.background = `hsl(${210 - 170 * late} 80% ${62 + 26 * late}%)`
     return span
   }
 
   function show(step) {
     const {texts, since, probability} = frames[step]
-    const rows = texts.map((row, r) => {
+    document.querySelector("main").replaceChildren(...texts.map((row, r) => {
       const p = document.createElement("p")
       p.append(...row.map((text, i) => position(text, since[r][i], probability[r][i], step)))
       return p
-    })
-    document.querySelector("main").replaceChildren(...rows)
+    }))
     const hidden = texts.flat().filter(text => text === null).length
     document.getElementById("label").textContent = `step ${step} of ${last}: ${hidden} hidden`
   }
@@ -90,8 +78,7 @@ PAGE = """<!doctype html>
     if (+slider.value === last) slider.value = 0
     play.textContent = "Pause"
     timer = setInterval(() => {
-      slider.value = +slider.value + 1
-      show(+slider.value)
+      show(+(slider.value = +slider.value + 1))
       if (+slider.value === last) stop()
     }, Math.max(30, 6000 / (last + 1)))  // all of it in about six seconds
   }
@@ -175,7 +162,7 @@ def picture(steps: list[dict]) -> str:
                      f" @keyframes t{step} {{ 0% {{ fill: transparent }}"
                      f" {now:.2f}% {{ fill: #cf222e }} {then:.2f}% {{ fill: #1f2328 }} }}")
     tokens = []
-    lines = 0
+    line = 0
     for i, (column, line, text) in enumerate(lay_out([text or "" for text in final])):
         # The step from which on the token is there for good. Earlier texts may have ended earlier.
         before = [(step["texts"][0] + [None] * i)[i] for step in steps[:-1]]
@@ -190,8 +177,7 @@ def picture(steps: list[dict]) -> str:
         width = 7.83 * max(1, len(text))
         tokens.append(f'<text class="t{step}" x="{x:.1f}" y="{y}" textLength="{width:.1f}">'
                       f'{escape(text)}</text>')
-        lines = line + 1
-    return PICTURE.format(w=round(24 + 7.83 * WIDTH), h=20 + 20 * lines, seconds=seconds,
+    return PICTURE.format(w=round(24 + 7.83 * WIDTH), h=40 + 20 * line, seconds=seconds,
                           rules="\n".join(rules), tokens="\n".join(tokens))
 
 

@@ -228,45 +228,30 @@ def read_tokenizer(folder: Path, vocab_size: int) -> tuple[tiktoken.Encoding, Te
     ids, if it is GPT-2's BPE), and the table is brought into this order when it is read: our row i
     is RoBERTa's row rows[i], rows (vocab_size,).
     """
-    try:
-        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        letters = alphabet()
-        merges = [line.replace(" ", "") for line in lines
-                  if line and not line.startswith("#version")]
-        words = [*letters, *merges]
-        ranks = {bytes(letters[letter] for letter in word): i for i, word in enumerate(words)}
-        used = [vocab[word] for word in (*words, "<mask>", "<s>", "</s>")]
-        rows = used + sorted(set(range(vocab_size)) - set(used))
-        if len(ranks) < len(words) or sorted(rows) != list(range(vocab_size)):
-            raise ValueError("two tokens share a spelling or an id, or an id is outside the table")
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}; a RoBERTa's folder has it"
-        raise CheckpointError(problem) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problem = f"{folder}: no byte-level BPE in vocab.json and merges.txt: {error!r:.150}"
-        raise CheckpointError(problem) from None
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    letters = alphabet()
+    merges = [line.replace(" ", "") for line in lines if line and not line.startswith("#version")]
+    words = [*letters, *merges]
+    ranks = {bytes(letters[letter] for letter in word): i for i, word in enumerate(words)}
+    used = [vocab[word] for word in (*words, "<mask>", "<s>", "</s>")]
+    rows = used + sorted(set(range(vocab_size)) - set(used))
+    if len(ranks) < len(words) or sorted(rows) != list(range(vocab_size)):
+        raise ValueError("two tokens share a spelling or an id, or an id is outside the table")
     encoding = tiktoken.Encoding("roberta", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
     return encoding, torch.tensor(rows)
 
 
 def read_config(path: Path) -> RobertaConfig:
-    """The shape in a config.json; CheckpointError if there is none, or of another network."""
+    """The shape in a config.json; ValueError or KeyError if it is of another network."""
     required = {"model_type": "roberta", "hidden_act": "gelu"}
     usual = {"is_decoder": False, "position_embedding_type": "absolute",
              "tie_word_embeddings": True}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in (required | usual).items():
-            if (found := content.get(name, usual.get(name))) != value:
-                raise ValueError(f"{name} is {found!r}, not {value!r}")
-        return RobertaConfig(**{field.name: content[field.name] for field in fields(RobertaConfig)})
-    except OSError as error:
-        problem = (f"{path}: {error.strerror}; name the folder of a RoBERTa: config.json, "
-                   "model.safetensors, vocab.json, merges.txt")
-        raise CheckpointError(problem) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} describes no RoBERTa: {error!r:.150}") from None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in (required | usual).items():
+        if (found := content.get(name, usual.get(name))) != value:
+            raise ValueError(f"{name} is {found!r}, not {value!r}")
+    return RobertaConfig(**{field.name: content[field.name] for field in fields(RobertaConfig)})
 
 
 def safetensors():
@@ -284,26 +269,30 @@ def load_roberta(folder: Path) -> tuple[Roberta, tiktoken.Encoding]:
     What the file has beyond it, such as a pooler, is named on stderr. CheckpointError with one line
     where something is missing, damaged or of another shape than config.json says.
     """
-    config = read_config(folder / "config.json")
     path = folder / "model.safetensors"
-    encoding, rows = read_tokenizer(folder, config.vocab_size)
+    try:
+        config = read_config(folder / "config.json")
+        encoding, rows = read_tokenizer(folder, config.vocab_size)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}; a RoBERTa's folder has config."
+                              "json, model.safetensors, vocab.json, merges.txt") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder} holds no RoBERTa: {error!r:.150}") from None
     load_file = safetensors().load_file
     try:
         tensors = load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: name the folder of a RoBERTa") from None
     except Exception as error:  # the package has an exception of its own
-        raise CheckpointError(f"{path} is damaged: {error!r:.150}") from None
+        raise CheckpointError(f"{path} is missing or damaged: {error!r:.150}") from None
     if config.num_hidden_layers > len(tensors):
         raise CheckpointError(f"{path}: {len(tensors)} tensors are no {config.num_hidden_layers} "
                               "layers")
     with torch.device("meta"):  # no memory and no time for random weights
         model = Roberta(config, encoding.n_vocab)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    state = {name: tensors.pop(published(name)) for name in shapes if published(name) in tensors}
-    if missing := [published(name) for name in shapes if name not in state]:
+    if missing := [published(name) for name in shapes if published(name) not in tensors]:
         raise CheckpointError(f"{path} is no RoBERTa with its head: it lacks {len(missing)} of its "
                               f"{len(shapes)} tensors, such as {missing[-1]}")
+    state = {name: tensors.pop(published(name)) for name in shapes}
     for name, tensor in state.items():
         if tuple(tensor.shape) != shapes[name]:
             raise CheckpointError(f"{path}: {published(name)} is {tuple(tensor.shape)}; by "

@@ -248,8 +248,8 @@ def remove(name):
 
 DAMAGES = [
     (remove("config.json"), "config.json: No such file"),
-    (replace("config.json", "{"), "describes no RoBERTa"),
-    (replace("config.json", "[]"), "describes no RoBERTa"),
+    (replace("config.json", "{"), "holds no RoBERTa"),
+    (replace("config.json", "[]"), "holds no RoBERTa"),
     (edit("config.json", model_type="bert"), "model_type is 'bert', not 'roberta'"),
     (edit("config.json", model_type=None), "model_type is None"),
     (edit("config.json", hidden_act="gelu_new"), "hidden_act is 'gelu_new'"),
@@ -266,11 +266,11 @@ DAMAGES = [
     (edit("vocab.json", **{"<mask>": None}), "KeyError('<mask>')"),
     (edit("vocab.json", a=1000), "an id is outside the table"),
     (edit("vocab.json", a=0), "share a spelling or an id"),
-    (edit("vocab.json", a="a"), "no byte-level BPE"),
-    (replace("merges.txt", "\u2581 a\n"), "no byte-level BPE"),
+    (edit("vocab.json", a="a"), "holds no RoBERTa"),
+    (replace("merges.txt", "\u2581 a\n"), "holds no RoBERTa"),
     (replace("merges.txt", "t h\nt h\n"), "share a spelling"),
-    (remove("model.safetensors"), "tensors does not exist"),
-    (replace("model.safetensors", "\x10\0\0\0\0\0\0\0{"), "is damaged"),
+    (remove("model.safetensors"), "is missing or damaged"),
+    (replace("model.safetensors", "\x10\0\0\0\0\0\0\0{"), "is missing or damaged"),
     (lambda folder: change(folder, lm_head__dense__weight=None), "it lacks 1 of its 58"),
 ]
 
