@@ -85,7 +85,8 @@ def test_held_out_grids_are_never_trained_on(monkeypatch):
     monkeypatch.setattr(sudoku, "disguise", lambda rows, generator: torch.cat(
         [rows[::2], other.expand(len(rows) // 2, -1)]))
     train, held_out = make_data(10, 2, seed=1)
-    assert torch.equal(train[:, CELLS:], other[:, CELLS:].expand(5, -1)) and torch.equal(held_out, HELD_OUT[[0, 0]])
+    assert torch.equal(train[:, CELLS:], other[:, CELLS:].expand(5, -1))
+    assert torch.equal(held_out, HELD_OUT[[0, 0]])
 
 
 def test_solved_counts_correctly():
