@@ -59,8 +59,9 @@ gpu:
 
 TORCH ?= 2.9.1
 test-oldest:
+	@$(PYTHON) plumbing/__init__.py
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet torch==$(TORCH) -r requirements-dev.txt
+	.venv-oldest/bin/python -m pip install --quiet torch==$(TORCH) -r requirements-dev.txt
 	.venv-oldest/bin/python -m pytest -m "not slow and not reliability"
 
 lint: .venv/installed-dev
@@ -70,10 +71,11 @@ clean:
 	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache
 
 .venv/installed: requirements.txt
+	@$(PYTHON) plumbing/__init__.py  # whether this Python is new enough
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
