@@ -6,7 +6,7 @@ These files come out, under their final names only when they are complete:
     meta.json             which tokenizer, how many tokens and bytes, where the text is from
     vocabulary.tiktoken   with --tokenizer bpe:4096: the tokens learned from the training text
 
-and `TokenFile` reads them: memory-mapped, it serves the global batch of a training step. How the
+and `TokenFile` reads them: it serves the global batch of a training step. How the
 text gets here, by download or from your disk, is in plumbing/corpora.py.
 """
 
@@ -18,7 +18,8 @@ import os
 import re
 import signal
 import sys
-import tempfile
+import threading
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ import tiktoken
 from plumbing.bpe import PATTERN
 from plumbing.command import command
 from plumbing.config import Parser
-from plumbing.corpora import CORPORA, SIZES, Documents, files, hugging_face
-from plumbing.corpora import DataError, make_folder, open_split, sha256_of
+from plumbing.corpora import CORPORA, DataError, Documents, find_corpus
+from plumbing.corpora import make_folder, open_split, refuse_to_replace, sha256_of, unfinished
 from plumbing.terminal import Progress
 from plumbing.vocabulary import VOCABULARY, Pieces, asked_for, provide, read_file, read_vocabulary
 
@@ -63,10 +64,14 @@ def get_tokenizer(name: str, folder: str | Path = ".") -> tiktoken.Encoding:
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def start_worker(tokenizer_name: str, folder: Path) -> None:
-    global tokenizer  # of this process; Pool gives a worker no other place to keep something
-    tokenizer = get_tokenizer(tokenizer_name, folder)
+def start_worker(shared: tiktoken.Encoding) -> None:
+    global tokenizer  # of this process; the pool gives a worker no other place to keep something
+    tokenizer = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def follow():  # if the parent is killed
+        os._exit(multiprocessing.parent_process().join() or 1)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def encode(piece: tuple[str, str, bool]) -> tuple[str, int, bool, np.ndarray]:
@@ -81,17 +86,17 @@ def encode(piece: tuple[str, str, bool]) -> tuple[str, int, bool, np.ndarray]:
     return split, len(text.encode()), last, np.array(ids, dtype)
 
 
-def write_tokens(pieces: Pieces, tokenizer_name: str, folder: Path, size: float) -> dict:
+def write_tokens(pieces: Pieces, tokenizer: tiktoken.Encoding, folder: Path, size: float) -> dict:
     """Write folder/train.bin and val.bin; returns the tokens, bytes and documents of each."""
     counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in ("train", "val")}
     progress = Progress("tokenizing", size)  # on stderr, if that is a terminal
-    with (multiprocessing.Pool(None, start_worker, (tokenizer_name, folder)) as pool,
+    with (ProcessPoolExecutor(initializer=start_worker, initargs=(tokenizer,)) as pool,
           open(folder / "train.bin", "wb") as train,
           open(folder / "val.bin", "wb") as val):
-        # Left alone, Pool.imap would read its whole input ahead: 40 GB of OpenWebText. In groups of
+        # Left alone, pool.map would read its whole input ahead: 40 GB of OpenWebText. In groups of
         # 32 pieces per core, memory stays the same however large the corpus is.
         while group := list(itertools.islice(pieces, 32 * os.cpu_count())):
-            for split, num_bytes, last, ids in pool.imap(encode, group, chunksize=4):
+            for split, num_bytes, last, ids in pool.map(encode, group, chunksize=4):
                 (train if split == "train" else val).write(ids.tobytes())
                 counts[split]["tokens"] += len(ids)
                 counts[split]["bytes"] += num_bytes
@@ -112,16 +117,13 @@ def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, sour
     # A wrong name ends here. "bpe:4096" learns a vocabulary, "bpe:4096:DIGEST" has it in out_dir.
     vocab_size = asked_for(tokenizer_name) or get_tokenizer(tokenizer_name, out_dir).n_vocab
     make_folder(out_dir, "--out-dir")
-    # Inside out_dir, because a rename is atomic only within one file system. It vanishes, whatever
-    # happens: a mistake, a full disk, Ctrl-C.
-    with tempfile.TemporaryDirectory(dir=out_dir) as unfinished:
-        unfinished = Path(unfinished)
-        tokenizer_name, pieces = provide(tokenizer_name, documents, out_dir, unfinished)
-        counts = write_tokens(pieces, tokenizer_name, unfinished, size)
+    with unfinished(out_dir) as folder:  # it vanishes, whatever happens: a full disk, Ctrl-C
+        tokenizer_name, pieces = provide(tokenizer_name, documents, out_dir, folder)
+        counts = write_tokens(pieces, get_tokenizer(tokenizer_name, folder), folder, size)
         for split, count in counts.items():
             if not count["bytes"]:
                 raise DataError(f"{source} has no text for the {split} split")
-            count["sha256"] = sha256_of(unfinished / f"{split}.bin")
+            count["sha256"] = sha256_of(folder / f"{split}.bin")
         meta = {
             "format": 1,
             "tokenizer": tokenizer_name,
@@ -131,13 +133,13 @@ def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, sour
             "source": source,
             **counts,
         }
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         # Without meta.json there is no dataset, so a crash between these renames can't pair the
         # train.bin of one corpus with the val.bin of another.
         (out_dir / "meta.json").unlink(missing_ok=True)
         for name in (VOCABULARY, "train.bin", "val.bin", "meta.json"):  # in this order
-            if (unfinished / name).exists():
-                os.replace(unfinished / name, out_dir / name)
+            if (folder / name).exists():
+                os.replace(folder / name, out_dir / name)
             else:  # an earlier vocabulary; byte and gpt2 need none
                 (out_dir / name).unlink(missing_ok=True)
     return meta
@@ -147,7 +149,7 @@ def write_dataset(documents: Documents, tokenizer_name: str, out_dir: Path, sour
 
 
 class TokenFile:
-    """The tokens of one split, memory-mapped; DataError if they are not what meta.json says."""
+    """The tokens of one split; DataError if they are not what meta.json says."""
 
     def __init__(self, folder: str | Path, split: str):
         self.path = Path(folder) / f"{split}.bin"
@@ -157,18 +159,29 @@ class TokenFile:
         self.num_tokens = meta.num_tokens
         self.num_bytes = meta.num_bytes  # the text's: end-of-text costs bits and has none
         read_file(self.tokenizer, folder)  # whether the vocabulary of bpe:4096 is there
-        self.tokens = np.memmap(self.file, meta.dtype, mode="r")  # (num_tokens,)
+        self.dtype = np.dtype(meta.dtype)
+        self.sha256 = meta.sha256
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All of them, (num_tokens,); training reads windows instead."""
+        return np.fromfile(self.path, self.dtype)
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(rows, length) int64: the windows that begin at `starts`."""
         if self.num_tokens < length:
             raise DataError(f"{self.path} has {self.num_tokens} tokens, fewer than one context of "
                             f"{length}: use more text or a smaller context_length")
-        # If somebody cut the file since the last step, reading on would be a bus error.
-        if os.fstat(self.file.fileno()).st_size < self.tokens.nbytes:
+        size = self.dtype.itemsize
+        windows = []
+        for start in starts.tolist():
+            self.file.seek(start * size)
+            windows.append(self.file.read(length * size))
+        # A memory map would be a bus error here, if somebody has cut the file.
+        if min(map(len, windows)) < length * size:
             raise DataError(f"{self.path} was cut short while in use: run prepare_data.py again")
-        windows = [self.tokens[start : start + length] for start in starts]
-        rows = np.stack(windows).astype(np.int64)  # an embedding wants int64
+        rows = np.frombuffer(b"".join(windows), self.dtype).reshape(-1, length)
+        rows = rows.astype(np.int64)  # an embedding wants int64
         # An id too large would be taken for the mask token, or crash a kernel far away from here.
         if rows.max() >= self.vocab_size:
             raise DataError(f"{self.path} holds token {rows.max()}, outside the vocabulary of "
@@ -198,11 +211,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="prepare_data.py", description="Turn text into files of tokens.")
     add = parser.add_argument
     add("corpus", nargs="+", help=f"{', '.join(CORPORA)}; hf:NAME[:CONFIG], any Hugging Face "
-        "dataset with a text column; or UTF-8 text files of your own")
+        "dataset with a text column; or UTF-8 text of your own: files, folders of .txt files, "
+        "quoted globs, - for standard input. In them a line <|endoftext|> ends a document")
+    add("--val", help="a file, folder or glob for validation; all others are for training then "
+        "(default: every tenth document; of fewer than ten, the last tenth of each)")
     add("--tokenizer", default="bpe:8192", help="bpe:8192, or another number of tokens, learned "
         "from the first 2^25 characters of the training text; byte; or gpt2 (default: %(default)s)")
     add("--out-dir", type=Path, help="where the files go (default: data/CORPUS)")
     add("--downloads", type=Path, default=Path("data/downloads"), help="where to keep downloads")
+    add("--overwrite", action="store_true", help="replace a data set made from something else")
     add("--max-documents", type=int, help="stop after so many documents")
     args = parser.parse_args(arguments)
     if args.max_documents is not None and args.max_documents < 1:
@@ -213,22 +230,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 @command("prepare_data.py")
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
-    name = args.corpus[0]
-    size = SIZES.get(name, 0)
-    # One word may be a corpus that we know; anything else is files of your own.
-    if len(args.corpus) == 1 and name in CORPORA:
-        make_folder(args.downloads, "--downloads")
-        documents = CORPORA[name](args.downloads)
-    elif len(args.corpus) == 1 and name.startswith("hf:"):
-        documents = hugging_face(name.removeprefix("hf:"))
-    else:
-        paths = [Path(path) for path in args.corpus]
-        documents = files(paths)
-        name = paths[0].stem
-        size = sum(path.stat().st_size for path in paths if path.exists())
-    out_dir = args.out_dir or Path("data") / re.sub(r"\W+", "-", name)
+    name, source, documents, size = find_corpus(args.corpus, args.val, args.downloads)
+    name = re.sub(r"\W+", "-", name).strip("-") or "text"
+    out_dir = args.out_dir or Path("data") / name
+    if not args.overwrite:
+        refuse_to_replace(out_dir, source)
     documents = itertools.islice(documents, args.max_documents)
-    source = " ".join(args.corpus)[:1000]  # ten thousand file names would fill meta.json
     meta = write_dataset(documents, args.tokenizer, out_dir, source, size)
     for split in ("train", "val"):
         line = "{path}: {tokens:,} tokens from {bytes:,} bytes in {documents:,} documents"

@@ -114,7 +114,7 @@ def train(cfg: TrainConfig) -> int:
     model = build_model(cfg, train_file).to(machine.device)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)  # what is evaluated and saved
     run = Run(model, ema_model, build_optimizers(cfg, model, machine.dtype))
-    folder = RunFolder(cfg, train_file.tokenizer, machine.master)  # log, checkpoints
+    folder = RunFolder(cfg, train_file, val_file, machine.master)  # log, checkpoints
     folder.open(run)  # resumes, if asked to
     if machine.master:
         compiling = "; the first step compiles, for about a minute" if cfg.compile else ""

@@ -5,14 +5,19 @@ corpus may be larger than memory, and so may a document.
 """
 
 import codecs
+import contextlib
+import glob
 import hashlib
 import http.client
 import itertools
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -39,6 +44,23 @@ def make_folder(folder: Path, flag: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise DataError(f"{flag} {folder} is a file, not a folder") from None
+
+
+@contextlib.contextmanager
+def unfinished(out_dir: Path) -> Iterator[Path]:
+    """A folder that vanishes, whatever happens: a mistake, a full disk, Ctrl-C, SIGTERM, SIGHUP."""
+    for stale in out_dir.glob(".unfinished-*"):  # of a kill -9
+        shutil.rmtree(stale, ignore_errors=True)
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # none on Windows
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:  # but what nohup ignores
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:  # inside out_dir, because a rename is atomic only within one file system
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out_dir) as folder:
+            yield Path(folder)
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def sha256_of(path: Path) -> str:
@@ -101,9 +123,8 @@ def download_wheel(requirement: str, sha256: str, downloads: Path) -> Path:
 
 
 def read_text(path: Path, start: int = 0, end: int | None = None) -> Iterator[str]:
-    """The UTF-8 text of bytes start..end of a file, in pieces cut before a space where possible."""
+    """The UTF-8 text of bytes start..end of a file, in pieces."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    rest = ""
     left = (path.stat().st_size if end is None else end) - start
     with open(path, "rb") as file:
         file.seek(start)
@@ -111,13 +132,42 @@ def read_text(path: Path, start: int = 0, end: int | None = None) -> Iterator[st
             block = file.read(min(PIECE, left))
             left = left - len(block) if block else 0  # the file may shrink while we read it
             try:
-                text = rest + decoder.decode(block, final=left == 0)
+                yield decoder.decode(block, final=left == 0)
             except UnicodeDecodeError as error:
-                raise DataError(f"{path} is not UTF-8 text: {error.reason}") from None
-            cut = text.rfind(" ") if left else len(text)  # GPT-2's tokens begin with their space
-            cut = cut if cut > 0 else len(text)
-            yield text[:cut]
-            rest = text[cut:]
+                bad = file.tell() - len(error.object) + error.start
+                raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {bad}; if it is "
+                                "Latin-1, iconv -f LATIN1 -t UTF-8 converts it") from None
+
+
+def text_start(path: Path) -> int:
+    """Where the text of a file begins: after a byte order mark. DataError for UTF-16 and UTF-32."""
+    with open(path, "rb") as file:
+        head = file.read(1000)
+    # Without a mark, English in UTF-16 is UTF-8, too: with a NUL beside every letter.
+    one_sided = abs(head[::2].count(0) - head[1::2].count(0)) > len(head) // 6 > 0
+    if one_sided or head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError(f"{path} is UTF-16 or UTF-32, not UTF-8 text: convert it, as with iconv -f "
+                        "UTF-16 -t UTF-8")
+    return len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+
+
+def find_documents(path: Path) -> Iterator[tuple[Path, int, int]]:
+    """(path, start, end) of each document of a file: a line that says <|endoftext|> ends one."""
+    start = end = here = text_start(path)  # end: without the line break before such a line
+    new_line = True
+    with open(path, "rb") as file:
+        file.seek(start)
+        while line := file.readline(PIECE):
+            text = line.rstrip(b"\r\n")
+            if new_line and text == b"<|endoftext|>":
+                if start < end:
+                    yield path, start, end
+                start = here + len(line)
+            end = here + len(text)
+            here += len(line)
+            new_line = line.endswith(b"\n")
+    if start < here:
+        yield path, start, here
 
 
 def next_character(path: Path, offset: int) -> int:
@@ -128,30 +178,58 @@ def next_character(path: Path, offset: int) -> int:
     return offset + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), 0)
 
 
-def split_by_position(path: Path, train_end: int | None = None,
-                      val_end: int | None = None) -> Documents:
+def split_by_position(path: Path, start: int = 0, end: int | None = None,
+                      middle: int | None = None) -> Documents:
     """One long text as two documents: training, then validation (by default the last tenth)."""
-    size = path.stat().st_size
-    train_end = next_character(path, size * 9 // 10 if train_end is None else train_end)
-    val_end = next_character(path, size if val_end is None else val_end)
-    yield "train", read_text(path, 0, train_end)
-    yield "val", read_text(path, train_end, val_end)
+    end = path.stat().st_size if end is None else next_character(path, end)
+    middle = next_character(path, start + (end - start) * 9 // 10 if middle is None else middle)
+    yield "train", read_text(path, start, middle)
+    yield "val", read_text(path, middle, end)
 
 
-def files(paths: list[Path]) -> Documents:
-    """The user's text files, one document each; every tenth for validation.
+def find_files(word: str) -> list[Path]:
+    """What a word of the command line means: a file, a pipe, a folder's .txt files, or a glob's."""
+    path = Path(word)
+    if word == "-" or path.is_file() or path.is_fifo():
+        return [path]
+    pattern = f"{glob.escape(word)}/**/*.[tT][xX][tT]" if path.is_dir() else word
+    paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+    if not paths:
+        raise DataError(f"{word} is neither a file nor a known corpus ({', '.join(CORPORA)}, "
+                        "hf:NAME) nor a folder with .txt files")
+    return paths
 
-    Of fewer than ten files, the last tenth of each.
+
+def copy_pipe(path: Path, folder: str) -> Path:
+    """A pipe can be read only once: a copy of what it says. Any other path as it is."""
+    if path.is_file():
+        return path
+    copy = Path(folder) / path.name.replace("-", "stdin")
+    with open(0 if path.name == "-" else path, "rb") as pipe, open(copy, "wb") as file:
+        shutil.copyfileobj(pipe, file)
+    return copy
+
+
+def files(train: list[Path], val: list[Path]) -> Documents:
+    """The user's text files, for training and for validation.
+
+    Without the latter, every tenth document is; of fewer than ten, the last tenth of each.
     """
-    for path in paths:
-        if not path.is_file():
-            known = ", ".join(CORPORA)
-            raise DataError(f"{path} is neither a file nor a known corpus ({known}, hf:NAME)")
-    for i, path in enumerate(paths):
-        if len(paths) < 10:
-            yield from split_by_position(path)
-        else:
-            yield "val" if i % 10 == 9 else "train", read_text(path)
+    with tempfile.TemporaryDirectory() as folder:
+        train = [copy_pipe(path, folder) for path in train]
+        for path in val:
+            for document in find_documents(copy_pipe(path, folder)):
+                yield "val", read_text(*document)
+        few = len(list(itertools.islice(all_documents(train), 10))) < 10
+        for i, document in enumerate(all_documents(train)):
+            if few and not val:
+                yield from split_by_position(*document)
+            else:
+                yield "val" if i % 10 == 9 and not val else "train", read_text(*document)
+
+
+def all_documents(paths: list[Path]) -> Iterator[tuple[Path, int, int]]:
+    return itertools.chain.from_iterable(map(find_documents, paths))
 
 
 # --- Corpora --------------------------------------------------------------------------------------
@@ -184,7 +262,7 @@ def wikipedia(name: str, downloads: Path) -> Documents:
     with zipfile.ZipFile(path) as archive:
         # extracted each time: an earlier copy may be half of one, and only the archive has a hash
         text = Path(archive.extract(name, downloads))
-    yield from split_by_position(text, 90_000_000, 95_000_000)
+    yield from split_by_position(text, 0, 95_000_000, 90_000_000)
 
 
 def tinystories(downloads: Path) -> Documents:
@@ -196,35 +274,43 @@ def tinystories(downloads: Path) -> Documents:
         name = f"TinyStoriesV2-GPT4-{part}.txt"
         url = f"https://huggingface.co/datasets/roneneldan/TinyStories/resolve/{revision}/{name}"
         path = download(url, sha256, downloads / name)
-        with open(path, encoding="utf-8", newline="") as lines:
-            groups = itertools.groupby(lines, lambda line: line.strip() == "<|endoftext|>")
-            for between, story in groups:
-                if not between:
-                    yield part.replace("valid", "val"), ["".join(story).strip()]
+        for story in find_documents(path):
+            yield part.replace("valid", "val"), ["".join(read_text(*story)).strip()]
 
 
 def hugging_face(name: str) -> Documents:
     """Any dataset with a "text" column, streamed: NAME or NAME:CONFIG.
 
-    Every thousandth document is for validation.
+    Every thousandth document is for validation. Rows without text are skipped and counted.
     """
+    name, _, config = name.partition(":")
+    used = 0
+    skipped = 0
     try:
         import datasets
-    except ImportError:
-        raise DataError("this corpus needs the datasets package: pip install datasets") from None
-    name, _, config = name.partition(":")
-    try:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
-        for i, row in enumerate(rows):
+        for row in rows:
             if "text" not in row:
                 raise DataError(f"{name} has no column text; it has {', '.join(row)}")
             text = row["text"]
-            if type(text) is not str or re.search("[\ud800-\udfff]", text):  # half of a pair
-                raise DataError(f"{name}: document {i} is not Unicode text: {text!r:.60}")
-            yield "val" if i % 1000 == 999 else "train", [text]
-    except (OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{name}: {reason}") from None
+            if not isinstance(text, str | None):
+                raise DataError(f"{name}: document {used + skipped} is not text: {text!r:.60}")
+            if text is None or re.search("[\ud800-\udfff]", text):  # half of a pair
+                skipped += 1
+                continue
+            used += 1
+            yield "val" if used % 1000 == 0 else "train", [text]
+    except DataError:
+        raise
+    except Exception as error:  # whatever the package, the network or the dataset's own code raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if getattr(error, "name", None) == "datasets":
+            reason = "this corpus needs the datasets package: pip install datasets"
+        raise DataError(f"{name}: {reason:.300}") from None
+    finally:
+        if skipped:
+            print(f"{name}: {skipped} rows of {used + skipped} without Unicode text were skipped",
+                  file=sys.stderr)
 
 
 CORPORA: dict[str, Callable[[Path], Documents]] = {
@@ -241,6 +327,27 @@ SIZES = {"sotu": 12e6, "shakespeare": 1.1e6, "text8": 95e6, "enwik8": 95e6, "tin
          "openwebtext": 39.8e9}
 
 
+def find_corpus(words: list[str], val: str | None,
+                downloads: Path) -> tuple[str, str, Documents, float]:
+    """(name, source for the record, documents, bytes of text if known) of what was asked for."""
+    name = words[0]
+    if len(words) == 1 and (name in CORPORA or name.startswith("hf:")):
+        if val:
+            raise DataError(f"--val goes with files of your own: {name} has validation text")
+        if name.startswith("hf:"):
+            return name, name, hugging_face(name.removeprefix("hf:")), 0
+        make_folder(downloads, "--downloads")
+        return name, name, CORPORA[name](downloads), SIZES.get(name, 0)
+    train = [path for word in words for path in find_files(word)]
+    validation = find_files(val) if val else []
+    first = Path(name) if Path(name).is_dir() else train[0]
+    full = [word if word == "-" else os.path.abspath(word) for word in words]
+    source = " ".join(full)[:1000]  # ten thousand names would fill meta.json
+    source += f" --val {os.path.abspath(val)}" if val else ""
+    size = sum(path.stat().st_size for path in train + validation if path.is_file())
+    return Path(os.path.abspath(first)).stem, source, files(train, validation), size
+
+
 # --- A prepared corpus ----------------------------------------------------------------------------
 
 
@@ -252,6 +359,16 @@ class Meta(NamedTuple):
     num_tokens: int
     num_bytes: int  # of the text
     dtype: str  # of a token: "<u2" or "<u4"
+    sha256: str  # of the file
+
+
+def refuse_to_replace(out_dir: Path, source: str) -> None:
+    """DataError if `out_dir` holds a data set that was made from something else."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        found = json.loads((out_dir / "meta.json").read_bytes())["source"]
+        if found != source:
+            raise DataError(f"{out_dir} holds a data set made from {found!r:.200}: --overwrite "
+                            "replaces it, another --out-dir keeps it")
 
 
 def open_split(path: Path) -> tuple[BinaryIO, Meta]:
@@ -262,11 +379,12 @@ def open_split(path: Path) -> tuple[BinaryIO, Meta]:
             said = json.loads(file.read(2**16))  # usually half a kilobyte, and never believed
         dtype = {"uint16": "<u2", "uint32": "<u4"}[said["dtype"]]
         split = said[path.stem]
-        meta = Meta(said["tokenizer"], said["vocab_size"], split["tokens"], split["bytes"], dtype)
+        meta = Meta(said["tokenizer"], said["vocab_size"], split["tokens"], split["bytes"], dtype,
+                    str(split.get("sha256"))[:64])
         well_typed = type(meta.tokenizer) is str and all(type(n) is int for n in meta[1:4])
         if said["format"] != 1 or not well_typed or not 1 <= meta.vocab_size <= 2**20:
             raise ValueError("it is not of format 1")
-        file = open(path, "rb")
+        file = open(path, "rb", buffering=0)
         size = os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
         raise DataError(f"no {error.filename}: run prepare_data.py with --out-dir "

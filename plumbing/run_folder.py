@@ -135,10 +135,11 @@ class Run:
 class RunFolder:
     """The folder of a run. Every process reads it; only the master writes."""
 
-    def __init__(self, cfg, tokenizer: str, master: bool):
+    def __init__(self, cfg, train_file, val_file, master: bool):
         self.path = Path(cfg.out_dir)
         self.cfg = cfg
-        self.tokenizer = tokenizer
+        self.tokenizer = train_file.tokenizer
+        self.data = [train_file.sha256, val_file.sha256]
         self.master = master
         self.evaluations: list[dict] = []  # of this step, until it is saved
 
@@ -169,6 +170,9 @@ class RunFolder:
             if (info["model"], info["tokenizer"]) != (network, self.tokenizer):
                 raise ConfigError(f"cannot resume on {self.cfg.data_dir}: the run has another "
                                   "vocabulary")
+            if info.get("data", self.data) != self.data:  # older code kept no hashes
+                raise ConfigError(f"cannot resume on {self.cfg.data_dir}: its text has changed "
+                                  "since the run began; start another one with --init-from")
             run.load_tensors(tensors)
             run.step = max(0, int(info["step"]))
             run.losses = [float(value) for value in info["losses"]]
@@ -227,6 +231,7 @@ class RunFolder:
             write_tensors(self.path / "model.safetensors", run.ema_model.state_dict(), info)
         os.fsync(self.log_file.fileno())
         info["best"] = run.best if run.best < math.inf else None
+        info["data"] = self.data
         info["losses"] = run.losses
         info["log_size"] = self.log_file.tell()
         info["seconds"] = run.seconds

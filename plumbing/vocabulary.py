@@ -8,7 +8,6 @@ names are equal, so are vocabularies, and another or a damaged one is noticed.
 import base64
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from plumbing import corpora
 from plumbing.bpe import train_bpe
 from plumbing.corpora import DataError, Documents
 from plumbing.terminal import Progress
@@ -64,10 +64,19 @@ def provide(name: str, documents: Documents, source: Path, target: Path) -> tupl
 
 
 def pieces_of(documents: Documents) -> Pieces:
-    """One piece after another; its document ends where no other text follows."""
+    """In pieces that tiktoken can take, cut before a space where possible."""
     for split, texts in documents:
-        for text, following in itertools.pairwise(itertools.chain(texts, [None])):
-            yield split, text, following is None
+        rest = ""
+        for text in texts:
+            rest += text
+            start = 0
+            while len(rest) - start > corpora.PIECE:
+                end = rest.rfind(" ", start + 1, start + corpora.PIECE)  # GPT-2's tokens begin so
+                end = end if end > 0 else start + corpora.PIECE
+                yield split, rest[start:end], False
+                start = end
+            rest = rest[start:]
+        yield split, rest, True
 
 
 def sample(pieces: Pieces, waiting: TextIO) -> Iterator[str]:

@@ -271,14 +271,33 @@ def test_hugging_face_streams_max_documents_every_thousandth_for_validation(tmp_
         assert ids == [token for document in wanted for token in document]
 
 
+def test_rows_without_text_are_skipped_and_counted(monkeypatch, tmp_path, capsys):
+    rows = [{"text": text} for text in [None, *map(str, range(999)), "half \ud800 a pair", "val"]]
+    datasets_package(monkeypatch, rows)
+    command = f"hf:some/corpus --tokenizer byte --out-dir {tmp_path}"
+    assert prepare_data.main(command.split()) == 0
+    assert "some/corpus: 2 rows of 1002 without Unicode text were skipped\n" == (
+        capsys.readouterr().err)
+    assert np.fromfile(tmp_path / "val.bin", "<u2").tolist() == [*b"val", 256]
+
+
+class Unusual(Exception):
+    """Of aiohttp or pyarrow, say: no OSError, no ValueError."""
+
+
 @pytest.mark.parametrize("rows, message", [
     (None, "pip install datasets"),
     ([{"body": "x", "title": "y"}], "some/corpus has no column text; it has body, title"),
     (FileNotFoundError("no such data\nsee the hub"), "some/corpus: no such data"),
     (ValueError("no config"), "some/corpus: no config"),
     (ConnectionError(), "some/corpus: ConnectionError"),
+    (RuntimeError("Dataset scripts are no longer supported"), "some/corpus: Dataset scripts"),
+    (ImportError("No module named 'zstandard'", name="zstandard"), "some/corpus: No module named"),
+    (Unusual("\n too many requests\n"), "some/corpus: too many requests"),
+    (KeyError("train"), "some/corpus: 'train'"),
     ([{"text": "word"}] * 500, "hf:some/corpus has no text for the val split"),
-], ids=["no package", "no column", "no data", "no config", "offline", "too short"])
+], ids=["no package", "no column", "no data", "no config", "offline", "a script", "no zstandard",
+        "unusual", "no split", "too short"])
 def test_what_is_wrong_with_a_dataset_is_one_line(tmp_path, monkeypatch, capsys, rows, message):
     datasets_package(monkeypatch, rows)
     command = f"hf:some/corpus --tokenizer byte --out-dir {tmp_path}/out"

