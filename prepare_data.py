@@ -222,8 +222,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace a data set made from something else")
     add("--max-documents", type=int, help="stop after so many documents")
     args = parser.parse_args(arguments)
-    if args.max_documents is not None and args.max_documents < 1:
-        parser.error(f"--max-documents must be at least 1, not {args.max_documents}")
+    if args.max_documents is not None and not 1 <= args.max_documents <= sys.maxsize:
+        parser.error(f"--max-documents must be at least 1 and fit 64 bits, not {args.max_documents}")
     return args
 
 

@@ -190,9 +190,9 @@ def split_by_position(path: Path, start: int = 0, end: int | None = None,
 def find_files(word: str) -> list[Path]:
     """What a word of the command line means: a file, a pipe, a folder's .txt files, or a glob's."""
     path = Path(word)
-    if word == "-" or path.is_file() or path.is_fifo():
+    if word == "-" and sys.stdin or os.path.exists(word) and (path.is_file() or path.is_fifo()):
         return [path]
-    pattern = f"{glob.escape(word)}/**/*.[tT][xX][tT]" if path.is_dir() else word
+    pattern = f"{glob.escape(word)}/**/*.[tT][xX][tT]" if os.path.isdir(word) else word
     paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
     if not paths:
         raise DataError(f"{word} is neither a file nor a known corpus ({', '.join(CORPORA)}, "
@@ -205,8 +205,9 @@ def copy_pipe(path: Path, folder: str) -> Path:
     if path.is_file():
         return path
     copy = Path(folder) / path.name.replace("-", "stdin")
-    with open(0 if path.name == "-" else path, "rb") as pipe, open(copy, "wb") as file:
-        shutil.copyfileobj(pipe, file)
+    with sys.stdin.buffer if path.name == "-" else open(path, "rb") as pipe:
+        with open(copy, "wb") as file:
+            shutil.copyfileobj(pipe, file)
     return copy
 
 
