@@ -13,12 +13,8 @@ text gets here, by download or from your disk, is in plumbing/corpora.py.
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
-import re
-import signal
 import sys
-import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -29,7 +25,8 @@ from plumbing.bpe import PATTERN
 from plumbing.command import command
 from plumbing.config import Parser
 from plumbing.corpora import CORPORA, DataError, Documents, find_corpus
-from plumbing.corpora import make_folder, open_split, refuse_to_replace, sha256_of, unfinished
+from plumbing.corpora import make_folder, open_split, refuse_to_replace, sha256_of
+from plumbing.stopping import end_with_parent, unfinished
 from plumbing.terminal import Progress
 from plumbing.vocabulary import VOCABULARY, Pieces, asked_for, provide, read_file, read_vocabulary
 
@@ -67,11 +64,7 @@ def get_tokenizer(name: str, folder: str | Path = ".") -> tiktoken.Encoding:
 def start_worker(shared: tiktoken.Encoding) -> None:
     global tokenizer  # of this process; the pool gives a worker no other place to keep something
     tokenizer = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    def follow():  # if the parent is killed
-        os._exit(multiprocessing.parent_process().join() or 1)
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 def encode(piece: tuple[str, str, bool]) -> tuple[str, int, bool, np.ndarray]:
@@ -160,7 +153,7 @@ class TokenFile:
         self.num_bytes = meta.num_bytes  # the text's: end-of-text costs bits and has none
         read_file(self.tokenizer, folder)  # whether the vocabulary of bpe:4096 is there
         self.dtype = np.dtype(meta.dtype)
-        self.sha256 = meta.sha256
+        self.sha256 = meta.sha256  # whether it is the text that a run began with
 
     @property
     def tokens(self) -> np.ndarray:
@@ -223,7 +216,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--max-documents", type=int, help="stop after so many documents")
     args = parser.parse_args(arguments)
     if args.max_documents is not None and not 1 <= args.max_documents <= sys.maxsize:
-        parser.error(f"--max-documents must be at least 1 and fit 64 bits, not {args.max_documents}")
+        parser.error(f"--max-documents must be from 1 to 2^63, not {args.max_documents}")
     return args
 
 
@@ -231,7 +224,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
     name, source, documents, size = find_corpus(args.corpus, args.val, args.downloads)
-    name = re.sub(r"\W+", "-", name).strip("-") or "text"
     out_dir = args.out_dir or Path("data") / name
     if not args.overwrite:
         refuse_to_replace(out_dir, source)

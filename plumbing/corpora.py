@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -44,23 +43,6 @@ def make_folder(folder: Path, flag: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise DataError(f"{flag} {folder} is a file, not a folder") from None
-
-
-@contextlib.contextmanager
-def unfinished(out_dir: Path) -> Iterator[Path]:
-    """A folder that vanishes, whatever happens: a mistake, a full disk, Ctrl-C, SIGTERM, SIGHUP."""
-    for stale in out_dir.glob(".unfinished-*"):  # of a kill -9
-        shutil.rmtree(stale, ignore_errors=True)
-    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # none on Windows
-    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:  # but what nohup ignores
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:  # inside out_dir, because a rename is atomic only within one file system
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out_dir) as folder:
-            yield Path(folder)
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def sha256_of(path: Path) -> str:
@@ -218,19 +200,15 @@ def files(train: list[Path], val: list[Path]) -> Documents:
     """
     with tempfile.TemporaryDirectory() as folder:
         train = [copy_pipe(path, folder) for path in train]
-        for path in val:
-            for document in find_documents(copy_pipe(path, folder)):
-                yield "val", read_text(*document)
-        few = len(list(itertools.islice(all_documents(train), 10))) < 10
-        for i, document in enumerate(all_documents(train)):
+        few = len(list(itertools.islice(itertools.chain(*map(find_documents, train)), 10))) < 10
+        for i, document in enumerate(itertools.chain(*map(find_documents, train))):
             if few and not val:
                 yield from split_by_position(*document)
             else:
                 yield "val" if i % 10 == 9 and not val else "train", read_text(*document)
-
-
-def all_documents(paths: list[Path]) -> Iterator[tuple[Path, int, int]]:
-    return itertools.chain.from_iterable(map(find_documents, paths))
+        for path in val:
+            for document in find_documents(copy_pipe(path, folder)):
+                yield "val", read_text(*document)
 
 
 # --- Corpora --------------------------------------------------------------------------------------
@@ -328,25 +306,25 @@ SIZES = {"sotu": 12e6, "shakespeare": 1.1e6, "text8": 95e6, "enwik8": 95e6, "tin
          "openwebtext": 39.8e9}
 
 
-def find_corpus(words: list[str], val: str | None,
-                downloads: Path) -> tuple[str, str, Documents, float]:
-    """(name, source for the record, documents, bytes of text if known) of what was asked for."""
+def find_corpus(words: list[str], val: str | None, downloads: Path) -> tuple:
+    """(name, source for the record, documents, bytes of text or 0) of what was asked for."""
     name = words[0]
     if len(words) == 1 and (name in CORPORA or name.startswith("hf:")):
         if val:
             raise DataError(f"--val goes with files of your own: {name} has validation text")
         if name.startswith("hf:"):
-            return name, name, hugging_face(name.removeprefix("hf:")), 0
+            return re.sub(r"\W+", "-", name), name, hugging_face(name.removeprefix("hf:")), 0
         make_folder(downloads, "--downloads")
         return name, name, CORPORA[name](downloads), SIZES.get(name, 0)
     train = [path for word in words for path in find_files(word)]
     validation = find_files(val) if val else []
-    first = Path(name) if Path(name).is_dir() else train[0]
+    path = os.path.abspath(name if os.path.isdir(name) else train[0])
+    name = re.sub(r"\W+", "-", Path(path).stem).strip("-") or "text"
     full = [word if word == "-" else os.path.abspath(word) for word in words]
     source = " ".join(full)[:1000]  # ten thousand names would fill meta.json
     source += f" --val {os.path.abspath(val)}" if val else ""
     size = sum(path.stat().st_size for path in train + validation if path.is_file())
-    return Path(os.path.abspath(first)).stem, source, files(train, validation), size
+    return name, source, files(train, validation), size
 
 
 # --- A prepared corpus ----------------------------------------------------------------------------

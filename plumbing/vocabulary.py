@@ -8,18 +8,15 @@ names are equal, so are vocabularies, and another or a damaged one is noticed.
 import base64
 import hashlib
 import io
-import json
+import itertools
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from plumbing import corpora
 from plumbing.bpe import train_bpe
 from plumbing.corpora import DataError, Documents
-from plumbing.terminal import Progress
 
 VOCABULARY = "vocabulary.tiktoken"
 NAME = re.compile("bpe:([0-9]{1,7}):([0-9a-f]{16})")
@@ -53,14 +50,20 @@ def provide(name: str, documents: Documents, source: Path, target: Path) -> tupl
     if not size:
         copy_file(name, source, target)
         return name, pieces
-    # A corpus can be read only once, and may begin with any amount of validation text: what was
-    # read for the sample waits on the disk.
-    waiting = tempfile.TemporaryFile("w+", dir=target)
-    ranks = train_bpe(sample(pieces, waiting), size)
+    taken = []  # a corpus can be read only once
+    texts = []
+    room = SAMPLE
+    while room > 0 and (piece := next(pieces, None)):
+        taken.append(piece)
+        split, text, _ = piece
+        if split == "train":
+            texts.append(text[:room])
+            room -= len(text)
+    ranks = train_bpe(texts, size)
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
     content = b"".join(lines)
     write_file(content, target)
-    return f"bpe:{size}:{digest(content)}", replay(waiting, pieces)
+    return f"bpe:{size}:{digest(content)}", itertools.chain(taken, pieces)
 
 
 def pieces_of(documents: Documents) -> Pieces:
@@ -77,28 +80,6 @@ def pieces_of(documents: Documents) -> Pieces:
                 start = end
             rest = rest[start:]
         yield split, rest, True
-
-
-def sample(pieces: Pieces, waiting: TextIO) -> Iterator[str]:
-    """The first training text; every piece read on the way becomes a line of `waiting`."""
-    progress = Progress("counting words")
-    room = SAMPLE
-    for split, text, last in pieces:
-        print(json.dumps([split, text, last]), file=waiting)
-        progress.advance(len(text))
-        if split == "train":
-            yield text[:room]
-            room -= len(text)
-            if room <= 0:
-                break
-
-
-def replay(waiting: TextIO, pieces: Pieces) -> Pieces:
-    """What `sample` has read, then the rest."""
-    with waiting:
-        waiting.seek(0)
-        yield from map(json.loads, waiting)
-    yield from pieces
 
 
 # --- The file -------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+"""Whatever stops a command: what it has not finished vanishes, and so do its workers."""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def unfinished(out_dir: Path) -> Iterator[Path]:
+    """A folder that vanishes, whatever happens: a mistake, a full disk, Ctrl-C, SIGTERM, SIGHUP."""
+    for stale in out_dir.glob(".unfinished-*"):  # of a kill -9
+        shutil.rmtree(stale, ignore_errors=True)
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+    numbers = {number for number in numbers if signal.getsignal(number) != signal.SIG_IGN}  # nohup
+    handlers = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number))
+                for number in numbers}
+    try:  # inside out_dir, because a rename is atomic only within one file system
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out_dir) as folder:
+            yield Path(folder)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """In a worker: it ends when its parent ends it, or has been killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
