@@ -167,8 +167,8 @@ class TokenFile:
                             f"{length}: use more text or a smaller context_length")
         size = self.dtype.itemsize
         windows = []
-        for start in starts.tolist():
-            self.file.seek(start * size)
+        for start in starts:
+            self.file.seek(int(start) * size)
             windows.append(self.file.read(length * size))
         # A memory map would be a bus error here, if somebody has cut the file.
         if min(map(len, windows)) < length * size:

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,10 +16,17 @@ def unfinished(out_dir: Path) -> Iterator[Path]:
     """A folder that vanishes, whatever happens: a mistake, a full disk, Ctrl-C, SIGTERM, SIGHUP."""
     for stale in out_dir.glob(".unfinished-*"):  # of a kill -9
         shutil.rmtree(stale, ignore_errors=True)
-    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
-    numbers = {number for number in numbers if signal.getsignal(number) != signal.SIG_IGN}  # nohup
-    handlers = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number))
-                for number in numbers}
+    owner = os.getpid()
+
+    def stop(number: int, frame) -> None:
+        if os.getpid() != owner:  # a worker that was forked a moment ago
+            os._exit(1)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))  # Windows has no SIGHUP
+    numbers = {getattr(signal, name) for name in names}
+    handlers = {number: signal.signal(number, stop) for number in numbers
+                if signal.getsignal(number) != signal.SIG_IGN}  # as nohup does
     try:  # inside out_dir, because a rename is atomic only within one file system
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out_dir) as folder:
             yield Path(folder)
@@ -32,6 +38,5 @@ def unfinished(out_dir: Path) -> Iterator[Path]:
 def end_with_parent() -> None:
     """In a worker: it ends when its parent ends it, or has been killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
