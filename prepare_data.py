@@ -26,7 +26,7 @@ from plumbing.command import command
 from plumbing.config import Parser
 from plumbing.corpora import CORPORA, DataError, Documents, find_corpus
 from plumbing.corpora import make_folder, open_split, refuse_to_replace, sha256_of
-from plumbing.stopping import end_with_parent, unfinished
+from plumbing.stopping import end_with_parent, unfinished, workers_end
 from plumbing.terminal import Progress
 from plumbing.vocabulary import VOCABULARY, Pieces, asked_for, provide, read_file, read_vocabulary
 
@@ -83,7 +83,7 @@ def write_tokens(pieces: Pieces, tokenizer: tiktoken.Encoding, folder: Path, siz
     """Write folder/train.bin and val.bin; returns the tokens, bytes and documents of each."""
     counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in ("train", "val")}
     progress = Progress("tokenizing", size)  # on stderr, if that is a terminal
-    with (ProcessPoolExecutor(initializer=start_worker, initargs=(tokenizer,)) as pool,
+    with (ProcessPoolExecutor(None, None, start_worker, (tokenizer,)) as pool, workers_end(),
           open(folder / "train.bin", "wb") as train,
           open(folder / "val.bin", "wb") as val):
         # Left alone, pool.map would read its whole input ahead: 40 GB of OpenWebText. In groups of

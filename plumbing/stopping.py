@@ -35,6 +35,17 @@ def unfinished(out_dir: Path) -> Iterator[Path]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def workers_end() -> Iterator[None]:
+    """After an error nobody waits for a worker, which may be waiting for one that was killed."""
+    try:
+        yield
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
+
+
 def end_with_parent() -> None:
     """In a worker: it ends when its parent ends it, or has been killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
