@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from plumbing.command import command
 from plumbing.config import Parser
 from plumbing.corpora import CORPORA, DataError, Documents, find_corpus
 from plumbing.corpora import make_folder, open_split, refuse_to_replace, sha256_of
-from plumbing.stopping import end_with_parent, unfinished, workers_end
+from plumbing.stopping import in_parallel, unfinished
 from plumbing.terminal import Progress
 from plumbing.vocabulary import VOCABULARY, Pieces, asked_for, provide, read_file, read_vocabulary
 
@@ -61,13 +60,8 @@ def get_tokenizer(name: str, folder: str | Path = ".") -> tiktoken.Encoding:
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def start_worker(shared: tiktoken.Encoding) -> None:
-    global tokenizer  # of this process; the pool gives a worker no other place to keep something
-    tokenizer = shared
-    end_with_parent()
-
-
-def encode(piece: tuple[str, str, bool]) -> tuple[str, int, bool, np.ndarray]:
+def encode(tokenizer: tiktoken.Encoding,
+           piece: tuple[str, str, bool]) -> tuple[str, int, bool, np.ndarray]:
     """(split, text, last) -> (split, bytes of the text, last, its token ids)."""
     split, text, last = piece
     # "ordinary": if a text contains the characters <|endoftext|>, they are text like any other
@@ -83,18 +77,15 @@ def write_tokens(pieces: Pieces, tokenizer: tiktoken.Encoding, folder: Path, siz
     """Write folder/train.bin and val.bin; returns the tokens, bytes and documents of each."""
     counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in ("train", "val")}
     progress = Progress("tokenizing", size)  # on stderr, if that is a terminal
-    with (ProcessPoolExecutor(None, None, start_worker, (tokenizer,)) as pool, workers_end(),
-          open(folder / "train.bin", "wb") as train,
-          open(folder / "val.bin", "wb") as val):
-        # Left alone, pool.map would read its whole input ahead: 40 GB of OpenWebText. In groups of
-        # 32 pieces per core, memory stays the same however large the corpus is.
-        while group := list(itertools.islice(pieces, 32 * os.cpu_count())):
-            for split, num_bytes, last, ids in pool.map(encode, group, chunksize=4):
-                (train if split == "train" else val).write(ids.tobytes())
-                counts[split]["tokens"] += len(ids)
-                counts[split]["bytes"] += num_bytes
-                counts[split]["documents"] += last
-                progress.advance(num_bytes)
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        # On every core, a few pieces at a time: memory is the same however large the corpus is, and
+        # OpenWebText has 40 GB.
+        for split, num_bytes, last, ids in in_parallel(encode, tokenizer, pieces):
+            (train if split == "train" else val).write(ids.tobytes())
+            counts[split]["tokens"] += len(ids)
+            counts[split]["bytes"] += num_bytes
+            counts[split]["documents"] += last
+            progress.advance(num_bytes)
         for file in (train, val):
             file.flush()
             os.fsync(file.fileno())  # on the disk before meta.json vouches for them

@@ -43,8 +43,6 @@ def explain(error: Exception) -> str | None:
     """One line for a failure of the machine; None for what can only be a bug."""
     if isinstance(error, MemoryError) or "alloc" in str(error) or "out of memory" in str(error):
         return f"out of memory: try a smaller batch, as with --micro-batch-size ({error!r:.200})"
-    if type(error).__name__ == "BrokenProcessPool":
-        return "a process was killed that worked for this one, maybe as memory ran out; run again"
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_initialized():
         return f"a process of this run was lost, go on with --resume ({error!r:.200})"

@@ -1,13 +1,14 @@
 """Whatever stops a command: what it has not finished vanishes, and so do its workers."""
 
+import collections
 import contextlib
+import itertools
 import multiprocessing
 import os
 import shutil
 import signal
 import tempfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -35,19 +36,48 @@ def unfinished(out_dir: Path) -> Iterator[Path]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def workers_end() -> Iterator[None]:
-    """After an error nobody waits for a worker, which may be waiting for one that was killed."""
-    try:
-        yield
-    except BaseException:
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        raise
-
-
-def end_with_parent() -> None:
-    """In a worker: it ends when its parent ends it, or has been killed."""
+def work(pipe, others: list, function: Callable, shared) -> None:
+    """A worker's life: it ends when its parent has ended, or ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+    for other in others:  # or nobody would see that the parent's end was closed
+        other.close()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            pipe.send([function(shared, item) for item in pipe.recv()])
+
+
+def in_parallel(function: Callable, shared, items: Iterator) -> Iterator:
+    """function(shared, item) of every item, in order, by a process on each core.
+
+    Each has a pipe of its own: if one is killed, that pipe ends, in the middle of a result, too.
+    ChildProcessError then. (A pool waits for ever.)
+    """
+    pipes = []
+    workers = []
+    try:
+        for _ in range(os.cpu_count() or 1):
+            ours, theirs = multiprocessing.Pipe()
+            pipes.append(ours)
+            worker = multiprocessing.Process(target=work, args=(theirs, pipes, function, shared))
+            worker.start()
+            workers.append(worker)
+            theirs.close()
+        waiting = collections.deque()  # whose results are next; each works on one batch
+        batches = iter(lambda: list(itertools.islice(items, 8)), [])
+        for pipe, batch in zip(pipes, batches, strict=False):
+            pipe.send(batch)
+            waiting.append(pipe)
+        while waiting:
+            pipe = waiting.popleft()
+            results = pipe.recv()
+            if batch := next(batches, None):
+                pipe.send(batch)
+                waiting.append(pipe)
+            yield from results
+    except (EOFError, ConnectionError):
+        raise ChildProcessError("a process was killed that worked for this one, maybe as memory "
+                                "ran out; run again") from None
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
