@@ -4,8 +4,8 @@
                                [--picture FILE]
 
 An experiment trains what it needs in out/experiments/, where a second run finds it, prints a table,
-draws it (into out/experiments/NAME.png unless told otherwise), and ends with the answer in a
-sentence and a JSON line.
+draws it (into out/experiments/NAME.png unless told otherwise), and ends with one JSON line of the
+numbers.
 """
 
 import argparse
@@ -54,6 +54,11 @@ def flags_with_judge(name: str, doc: str, num_samples: int = 16) -> Parser:
     parser.add_argument("--num-samples", type=several, default=num_samples,
                         help="texts of each row of the table (default: %(default)s)")
     return parser
+
+
+def report(numbers: dict) -> None:
+    """The end of every experiment: one JSON line with the numbers of its table."""
+    print("\n" + json.dumps(numbers))
 
 
 def answer(sentence: str, numbers: dict) -> None:
