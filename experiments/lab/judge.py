@@ -156,12 +156,6 @@ def judged_real(twins: Twins, tokens: Tensor, label: str = "real text") -> dict:
     return row | judge(twins, tokens)
 
 
-def distance(row: dict, real: dict) -> float:
-    """From real text: the sum of the relative differences of four numbers."""
-    return sum(abs(row[name] / real[name] - 1)
-               for name in ("judge", "entropy", "distinct", "words"))
-
-
 def print_row(row: dict, heading: bool = False) -> None:
     """Print the cells of a row that are text or numbers; with `heading` their names above it."""
     names = ""

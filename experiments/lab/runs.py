@@ -23,7 +23,6 @@ from diffusion import (
     row_losses,
 )
 from plumbing import machine
-from plumbing.checkpoint import CheckpointError
 from plumbing.vocabulary import copy_file
 from prepare_data import DataError, TokenFile, get_tokenizer, write_dataset
 
@@ -34,15 +33,15 @@ OUT = Path("out/experiments")
 # --- Training -------------------------------------------------------------------------------------
 
 
-def trained(name: str, *settings: str, config: str = "configs/bytes.toml",
-            program: tuple[str | Path, ...] = (TRAIN,), out: Path = OUT) -> Path:
+def trained(name: str, *settings: str, config: str = "configs/quickstart.toml",
+            program: tuple[str | Path, ...] = (TRAIN,)) -> Path:
     """The folder of a finished run of train.py: found in out/experiments/NAME, continued, or new.
 
     settings: flags of train.py. If it fails, it has said why, and we end with its exit code. A run
         of this name with other settings is such a failure: delete its folder to train again.
     program: what Python runs, if not train.py itself: a module of ours that calls train.main.
     """
-    folder = out / name
+    folder = OUT / name
     resume = ["--resume"] if (folder / "state.safetensors").exists() else []
     shown = " ".join("train.py" if word == TRAIN else str(word) for word in program)
     print(f"$ python {shown} {' '.join([config, *settings])} --out-dir {folder}", flush=True)
@@ -80,62 +79,49 @@ def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
 
 
 class Point(NamedTuple):
-    """An evaluation: validation nats per token after so many steps, tokens, seconds of training."""
+    """An evaluation, after so many steps, tokens and seconds of training."""
 
     step: int
     tokens: int
     seconds: float
-    nats: float
+    nats: float  # per token of validation text
     stderr: float
     rows: int
+    bits_per_byte: float
+    curve: Curve | None  # CE(m); None for GPT
 
 
 class Run(NamedTuple):
     """A training run, as its folder tells it."""
 
-    config: dict
+    training: list[dict]  # the lines of its log: step, loss ...
     points: list[Point]
     compiling: float  # seconds that the first steps took beyond the usual: compiling, nearly all
 
 
-def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
-    """(lines of training, the last evaluation of each step) of a run's log.jsonl."""
-    text = (folder / "log.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    training = [line for line in lines if "loss" in line]
-    evaluations = {line["step"]: line for line in lines if "nats" in line}
-    return training, list(evaluations.values())
-
-
 def read_run(folder: Path) -> Run:
-    """The run that train.py wrote into `folder`. CheckpointError, one line, if there is none.
+    """The run that train.py wrote into `folder`, with the last evaluation of each step.
 
     Its log says how fast each stretch of steps was, measuring and saving excluded: added up, they
     are the clock.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        training, evaluations = read_log(folder)
-        tokens = config["batch_size"] * config["context_length"]  # of a step
-        steps = [0, *(line["step"] for line in training)]
-        seconds = [tokens / max(1, line["tokens_per_second"]) for line in training]  # of a step
-        clock = [0.0, *np.cumsum(np.diff(steps) * seconds)]
-        compiling = steps[1] * max(0.0, seconds[0] - statistics.median(seconds[1:] or seconds))
-        points = []
-        for line in evaluations:
-            time_then = float(np.interp(line["step"], steps, clock))
-            points.append(Point(line["step"], line["step"] * tokens, time_then, line["nats"],
-                                line["stderr"], line["rows"]))
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}; name a folder of train.py"
-        raise CheckpointError(problem) from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        problem = f"{folder} has no readable log of a training run ({error!r})"
-        raise CheckpointError(problem) from None
-    if not points:
-        raise CheckpointError(f"{folder} was never evaluated: train on, or with a smaller "
-                              "--eval-interval")
-    return Run(config, points, compiling)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = (folder / "log.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    training = [line for line in lines if "loss" in line]
+    tokens = config["batch_size"] * config["context_length"]  # of a step
+    steps = [0, *(line["step"] for line in training)]
+    seconds = [tokens / max(1, line["tokens_per_second"]) for line in training]  # of a step
+    clock = [0.0, *np.cumsum(np.diff(steps) * seconds)]
+    compiling = steps[1] * max(0.0, seconds[0] - statistics.median(seconds[1:] or seconds))
+    points = {}
+    for line in lines:
+        if "nats" in line:
+            step = line["step"]
+            points[step] = Point(step, step * tokens, float(np.interp(step, steps, clock)),
+                                 line["nats"], line["stderr"], line["rows"], line["bits_per_byte"],
+                                 line["curve"] and Curve(**line["curve"]))
+    return Run(training, list(points.values()), compiling)
 
 
 # --- Measuring ------------------------------------------------------------------------------------
