@@ -82,6 +82,7 @@ class Question(NamedTuple):
 RATIOS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
 PROMPTS = (0, 16, 64, 128, 192)
 END = 64  # tokens that are scored after a prompt
+BATCHES = 100  # to see how much a loss varies
 
 
 def by_mask_ratio(run: Run, *_) -> Measures:
@@ -363,7 +364,7 @@ def explain(args: argparse.Namespace, folder: Path, good: Run) -> dict[str, floa
     torch.manual_seed(1)
     untrained = nelbo(Transformer(model.config).eval(), rows_of(args.data_dir, 32, N), mask_id)
     with autocast():
-        losses = spikes(model, TokenFile(args.data_dir, "train"), 100, 8, N, mask_id)
+        losses = spikes(model, TokenFile(args.data_dir, "train"), BATCHES, 8, N, mask_id)
     table = {"ln V: all tokens alike": math.log(model.config.vocab_size),
              "before training": untrained.nats,
              "token frequencies: nothing visible": unigram(args.data_dir),
