@@ -234,7 +234,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("question", choices=[*QUESTIONS, "adaptive"])
     parser.add_argument("--rows", type=several, default=64, help="texts to price (default: 64)")
     args = parser.parse_args(arguments)
-    picture = args.picture or OUT / f"{args.question}.png"
+    picture = args.picture or OUT / f"sampling-{args.question}.png"
     twins = load_twins(args.checkpoint, args.judge, args.data_dir)
     if args.question == "adaptive":
         rows = adaptive(args, twins)

@@ -19,6 +19,7 @@ the first row: their mean over the seeds, +- its standard error.
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,8 +59,6 @@ from plumbing.checkpoint import load_checkpoint
 from plumbing.command import command
 from prepare_data import TokenFile
 
-Measures = dict[str | float, float]  # column: number; a column that is a number is the picture's x
-
 
 class Row(NamedTuple):
     """A training: in what it differs from the quickstart."""
@@ -70,8 +69,11 @@ class Row(NamedTuple):
     leak: bool = False  # with a bug
 
 
+Numbers = dict[str | float, float]  # by column; a column that is a number is the picture's x
+
+
 class Question(NamedTuple):
-    measure: Callable[[Run, Path, argparse.Namespace, Row], Measures]
+    measure: Callable[[Run, Path, argparse.Namespace], Numbers]  # of a run in its folder
     rows: dict[str, Row]  # the first one is compared with
     steps: int | None = None  # of training; None: as the config says
     evaluations: int = 1
@@ -85,16 +87,14 @@ END = 64  # tokens that are scored after a prompt
 BATCHES = 100  # to see how much a loss varies
 
 
-def by_mask_ratio(run: Run, *_) -> Measures:
+def by_mask_ratio(run: Run, *_) -> Numbers:
     """The bound, and points of the curve whose mean height it is."""
-    nats = run.points[-1].nats
     curve = run.points[-1].curve
-    at = {ratio: float(np.interp(ratio * curve.N, curve.counts, curve.nats)) for ratio in RATIOS}
-    return {"NELBO": nats} | at
+    at = np.interp([ratio * curve.N for ratio in RATIOS], curve.counts, curve.nats)
+    return {"NELBO": run.points[-1].nats, **dict(zip(RATIOS, at.tolist(), strict=True))}
 
 
-def by_prompt(run: Run, folder: Path, args: argparse.Namespace, row: Row) -> Measures:
-    """NELBO of the last tokens of a text after prompts of any length: always the same tokens."""
+def by_prompt(run: Run, folder: Path, args: argparse.Namespace) -> Numbers:
     model, _ = load_checkpoint(folder)
     x_0 = rows_of(args.data_dir, args.rows, model.config.context_length)
     with autocast():
@@ -107,26 +107,24 @@ def after_prompt(model: Transformer, x_0: Tensor, prompt: int, end: int = END) -
     return pair_nelbos(model, x_0[:, -end - prompt :], model.config.mask_id, prompt)
 
 
-def by_epoch(run: Run, folder: Path, args: argparse.Namespace, row: Row) -> Measures:
-    tokens = TokenFile(corpus_of(row, args), "train").num_tokens
-    epochs = [point.tokens / tokens for point in run.points]
-    nats = [point.nats for point in run.points]
-    best = int(np.argmin(nats))
-    return {"training": run.training[-1]["loss"], "best": nats[best], "at epoch": epochs[best],
-            **dict(zip(epochs, nats, strict=True))}
+def by_epoch(run: Run, *_) -> Numbers:
+    tokens = TokenFile(run.config["data_dir"], "train").num_tokens
+    nats = {point.tokens / tokens: point.nats for point in run.points}
+    best = min(nats, key=nats.get)
+    return {"training": run.training[-1]["loss"], "best": nats[best], "at epoch": best, **nats}
 
 
-def by_tokens(run: Run, *_) -> Measures:
+def by_tokens(run: Run, *_) -> Numbers:
     return {point.tokens / 1e6: point.bits_per_byte for point in run.points}
 
 
-def both_losses(run: Run, *_) -> Measures:
+def both_losses(run: Run, *_) -> Numbers:
     nats = [point.nats for point in run.points]
     return {"training, first": run.training[0]["loss"], "last": run.training[-1]["loss"],
             "NELBO, best": min(nats), "at the end": nats[-1]}
 
 
-def bits_and_seconds(run: Run, *_) -> Measures:
+def bits_and_seconds(run: Run, *_) -> Numbers:
     return {"bits/byte": run.points[-1].bits_per_byte, "seconds": run.training[-1]["seconds"]}
 
 
@@ -213,25 +211,34 @@ def corpus_of(row: Row, args: argparse.Namespace) -> Path:
     if not row.tokens and not row.tokenizer:
         return Path(args.data_dir)
     folder = OUT / "data" / (row.tokenizer.replace(":", "-") or f"{row.tokens}-tokens")
-    if not (folder / "meta.json").exists():
-        if row.tokens:
-            small_corpus(args.data_dir, row.tokens, folder)
-        elif code := prepare_data.main([args.corpus, "--tokenizer", row.tokenizer,
-                                        "--out-dir", str(folder)]):
-            sys.exit(code)
+    if (folder / "meta.json").exists():
+        return folder
+    if row.tokens:
+        return small_corpus(args.data_dir, row.tokens, folder)
+    words = [args.corpus, "--tokenizer", row.tokenizer, "--out-dir", str(folder)]
+    if code := prepare_data.main(words):
+        sys.exit(code)
     return folder
 
 
-def train(label: str, row: Row, seed: int, args: argparse.Namespace) -> Path:
+def train(label: str, seed: int, args: argparse.Namespace) -> Path:
     """The folder of a finished run."""
     question = QUESTIONS[args.question]
+    row = question.rows[label]
     words = ["--data-dir", corpus_of(row, args), "--seed", seed]
     if steps := args.steps or question.steps:
         words += ["--steps", steps, "--eval-interval", max(1, steps // question.evaluations),
                   "--eval-rows", 32, "--final-eval-rows", args.rows, "--log-interval", 10]
-    name = f"{args.question}-{label}-{seed}".replace(" ", "-").replace(",", "").replace("%", "")
-    return trained(name, *map(str, words), *row.flags.split(), config=args.config,
-                   **{"program": LEAKING} if row.leak else {})
+    name = re.sub("[^A-Za-z0-9]+", "-", f"{args.question} {label} {seed}")
+    program = {"program": LEAKING} if row.leak else {}
+    return trained(f"training/{name}", *map(str, words), *row.flags.split(), config=args.config,
+                   **program)
+
+
+def differences(values: Tensor, base: Tensor) -> tuple[list[float], list[float]]:
+    """How much more `values` are than `base`, both (S,K): means over seeds, and their errors."""
+    means, errors = zip(*map(mean_and_error, (values - base).T), strict=True)
+    return list(means), list(errors)  # of a single seed the error is NaN
 
 
 def compare(columns: list[str | float], numbers: dict[str, Tensor]) -> None:
@@ -253,12 +260,6 @@ def compare(columns: list[str | float], numbers: dict[str, Tensor]) -> None:
             line("  +-", errors, ".3f")
 
 
-def differences(values: Tensor, base: Tensor) -> tuple[list[float], list[float]]:
-    """How much more `values` are than `base`, both (S,K): means over seeds, and their errors."""
-    means, errors = zip(*map(mean_and_error, (values - base).T), strict=True)
-    return list(means), list(errors)  # of a single seed the error is NaN
-
-
 # --- The pictures ---------------------------------------------------------------------------------
 
 
@@ -272,53 +273,39 @@ def paint(panels, x: str, columns: list[str | float], numbers: dict[str, Tensor]
         left.plot(xs, values.mean(0)[chosen], marker=".", label=label)
         more, errors = differences(values[:, chosen], numbers[base][:, chosen])
         right.errorbar(xs, more, errors, marker=".", capsize=2)
-    left.set(xlabel=x, title="Mean over seeds")
+    left.set(xlabel=x, title="Mean over seeds", ylabel="nats per token")
     right.set(xlabel=x, title=f"More than {base}, with standard errors")
     left.legend()
 
 
-def paint_time(panels, runs: dict[str, list[Run]]) -> None:
+def paint_time(panel, runs: dict[str, list[Run]]) -> None:
     """Loss against seconds of training, a line for each run."""
-    for (label, of_label), color in zip(runs.items(), ("black", "tab:orange"), strict=False):
+    for i, (label, of_label) in enumerate(runs.items()):
         for run in of_label:
             seconds = [point.seconds - run.compiling for point in run.points]
-            bits = [point.bits_per_byte for point in run.points]
-            panels.plot(seconds, bits, marker=".", color=color, label=label)
-            label = None  # once in the legend
-    panels.set(xlabel="seconds of training, without compiling", ylabel="bits per byte")
-    panels.legend()
+            panel.plot(seconds, [point.bits_per_byte for point in run.points], f"C{i}.-",
+                       label=label if run is of_label[0] else None)
+    panel.set(xlabel="seconds of training, without compiling", ylabel="bits per byte")
+    panel.legend()
 
 
 def paint_dynamics(panels, runs: dict[str, list[Run]]) -> None:
-    """The good run level by level; both losses of each bad run beside it (first seed)."""
-    first, *others = panels.flat
-    good, *bad = (of_label[0] for of_label in runs.values())
-    for i, m in enumerate(good.points[0].curve.counts):
-        nats = [point.curve.nats[i] for point in good.points[:-1]]
-        ratio = m / good.points[0].curve.N
-        first.plot([point.step for point in good.points[:-1]], nats, label=f"{ratio:.0%}",
-                   color=(ratio, 0.3, 1 - ratio))
-    first.set(title="good: CE by mask ratio", xlabel="steps", ylabel="nats per hidden token")
-    first.legend(fontsize=8, ncols=3)
-    for panel, label, run in zip(others, list(runs)[1:], bad, strict=False):
-        for name, one, color in (("good", good, "grey"), (label, run, "tab:red")):
-            panel.plot([line["step"] for line in one.training],
-                       [line["loss"] for line in one.training], "--", color=color,
-                       label=f"{name}: training")
-            panel.plot([point.step for point in one.points],
-                       [point.nats for point in one.points], color=color,
-                       label=f"{name}: validation")
-        panel.set(title=label, xlabel="steps", ylabel="nats per token", ylim=(0, 16))
-        panel.legend(fontsize=8)
-
-
-def paint_dots(panel, numbers: dict[str, Tensor]) -> None:
-    """The first column: a dot for each seed."""
-    for height, values in enumerate(numbers.values()):
-        panel.plot(values[:, 0], [height] * len(values), "o", color="tab:blue")
-    panel.set_yticks(range(len(numbers)), list(numbers))
-    panel.invert_yaxis()
-    panel.set_xlabel("NELBO, bits per byte (a dot is a seed)")
+    """The first run by mask ratio; training (dashed) and validation of all; of the first seed."""
+    left, right = panels
+    points = next(iter(runs.values()))[0].points[:-1]
+    curve = points[0].curve
+    for i, m in enumerate(curve.counts):
+        left.plot([point.step for point in points], [point.curve.nats[i] for point in points],
+                  color=(m / curve.N, 0.3, 1 - m / curve.N), label=f"{m / curve.N:.0%}")
+    left.set(title="good: CE by mask ratio", xlabel="steps", ylabel="nats per hidden token")
+    left.legend(fontsize=8, ncols=3)
+    for i, (label, (run, *_)) in enumerate(runs.items()):
+        right.plot([line["step"] for line in run.training],
+                   [line["loss"] for line in run.training], f"C{i}--")
+        right.plot([point.step for point in run.points], [point.nats for point in run.points],
+                   f"C{i}-", label=label)
+    right.set(title="dashed: training; solid: validation", xlabel="steps", ylim=(0, 16))
+    right.legend()
 
 
 # --- Why is my loss like this? --------------------------------------------------------------------
@@ -351,12 +338,13 @@ def spikes(model: Model, file: TokenFile, batches: int, rows: int, N: int,
     return losses
 
 
-def explain(args: argparse.Namespace, folder: Path, good: Run) -> dict[str, float]:
+def explain(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Print CE by mask ratio while the good run learns, and where its heights come from."""
-    curve = good.points[0].curve
-    print("\nthe good run, seed 1: CE by mask ratio, nats per hidden token\n    step"
+    points = read_run(folder).points
+    curve = points[0].curve
+    print("\nthe good run, CE by mask ratio, nats per hidden token\n    step"
           + "".join(f"{m / curve.N:8.0%}" for m in curve.counts))
-    for point in good.points[:-1:3]:
+    for point in points[:-1:3]:
         print(f"{point.step:8}" + "".join(f"{nats:8.2f}" for nats in point.curve.nats))
     model, _ = load_checkpoint(folder)
     mask_id = model.config.mask_id
@@ -368,18 +356,15 @@ def explain(args: argparse.Namespace, folder: Path, good: Run) -> dict[str, floa
     table = {"ln V: all tokens alike": math.log(model.config.vocab_size),
              "before training": untrained.nats,
              "token frequencies: nothing visible": unigram(args.data_dir),
-             "at the end, 100% hidden": good.points[-1].curve.nats[-1],
+             "at the end, 100% hidden": points[-1].curve.nats[-1],
              "deviation from batch to batch, hidden tokens alike": np.std(losses["token"]),
              "deviation, weight 1/m, strata and pairs": np.std(losses["1/m"]),
              "deviation, weight 1/t, and coins": np.std(losses["1/t"])}
-    table = {what: float(nats) for what, nats in table.items()}
     print("\n" + "\n".join(f"{what:52}{nats:8.3f}" for what, nats in table.items()))
-    return table
+    return {what: float(nats) for what, nats in table.items()}
 
 
 # --- The command ----------------------------------------------------------------------------------
-
-AXES = {"masking": "mask ratio", "prefixes": "tokens of the prompt", "repetition": "epochs"}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -394,45 +379,38 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
     add("--corpus", default="sotu", help="of recipe, for prepare_data.py (default: %(default)s)")
     args = parser.parse_args(arguments)
-    args.only = args.only or list(QUESTIONS[args.question].rows)
-    args.picture = args.picture or OUT / f"{args.question}.png"
-    for label in args.only:
-        if label not in QUESTIONS[args.question].rows:
-            parser.error(f"--only {label!r} is no row of {args.question}: choose from "
-                         f"{'; '.join(QUESTIONS[args.question].rows)}")
+    rows = list(QUESTIONS[args.question].rows)
+    args.only = args.only or rows
+    for label in set(args.only) - set(rows):
+        parser.error(f"{label!r} is no row of {args.question}: choose from {'; '.join(rows)}")
+    args.picture = args.picture or OUT / f"training-{args.question}.png"
     return args
 
 
 @command("experiments.training")
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
-    question = QUESTIONS[args.question]
-    runs = {}
+    folders = {label: [train(label, seed, args) for seed in args.seeds] for label in args.only}
+    runs = {label: [read_run(folder) for folder in found] for label, found in folders.items()}
     numbers = {}
-    for label in args.only:
-        row = question.rows[label]
-        folders = [train(label, row, seed, args) for seed in args.seeds]
-        runs[label] = [read_run(folder) for folder in folders]
-        found = [question.measure(run, folder, args, row)
-                 for run, folder in zip(runs[label], folders, strict=True)]
-        columns = list(found[0])
-        numbers[label] = torch.tensor([list(one.values()) for one in found], dtype=torch.float64)
-        if label == args.only[0]:
-            first = folders[0]
-    print(f"\n{args.question}, the mean over seeds {args.seeds}")
+    for label, found in folders.items():
+        measured = [QUESTIONS[args.question].measure(run, folder, args)
+                    for run, folder in zip(runs[label], found, strict=True)]
+        columns = list(measured[0])
+        numbers[label] = torch.tensor([list(one.values()) for one in measured]).double()
+    print(f"\n{args.question}: means over the seeds {args.seeds}")
     compare(columns, numbers)
     result = {"columns": columns, "seeds": args.seeds,
               "numbers": {label: values.tolist() for label, values in numbers.items()}}
     if args.question == "dynamics":
-        result["loss"] = explain(args, first, runs[args.only[0]][0])
-        draw(args.picture, lambda panels: paint_dynamics(panels, runs), columns=2, rows=2)
+        result["loss"] = explain(args, folders[args.only[0]][0])
+        draw(args.picture, lambda panels: paint_dynamics(panels, runs), columns=2)
     elif args.question == "twin":
         draw(args.picture, lambda panel: paint_time(panel, runs), width=7)
-    elif args.question == "recipe":
-        draw(args.picture, lambda panel: paint_dots(panel, numbers), width=7, height=6)
-    else:
-        x = AXES[args.question]
-        draw(args.picture, lambda panels: paint(panels, x, columns, numbers), columns=2)
+    elif args.question != "recipe":
+        x = {"masking": "mask ratio", "prefixes": "tokens of the prompt", "repetition": "epochs"}
+        draw(args.picture, lambda panels: paint(panels, x[args.question], columns, numbers),
+             columns=2)
     report(result)
 
 

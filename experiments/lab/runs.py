@@ -5,7 +5,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +93,7 @@ class Point(NamedTuple):
 class Run(NamedTuple):
     """A training run, as its folder tells it."""
 
+    config: dict
     training: list[dict]  # the lines of its log: step, loss ...
     points: list[Point]
     compiling: float  # seconds that the first steps took beyond the usual: compiling, nearly all
@@ -121,7 +121,7 @@ def read_run(folder: Path) -> Run:
             points[step] = Point(step, step * tokens, float(np.interp(step, steps, clock)),
                                  line["nats"], line["stderr"], line["rows"], line["bits_per_byte"],
                                  line["curve"] and Curve(**line["curve"]))
-    return Run(training, list(points.values()), compiling)
+    return Run(config, training, list(points.values()), compiling)
 
 
 # --- Measuring ------------------------------------------------------------------------------------
@@ -167,14 +167,9 @@ def measure_curve(model: Model, x_0: Tensor, mask_id: int, points: int, label: s
     R, N = x_0.shape
     generator = keyed_generator(0, 0, label)
     counts = sorted({1, *(max(1, round(N * i / points)) for i in range(1, points + 1))})
-    values = []
-    started = time.monotonic()
-    for done, m in enumerate(counts, start=1):
+    points = []
+    for m in counts:
         mask = draw_mask(torch.full((R,), m), N, 0, generator)
-        by_row = row_losses(model, x_0.masked_fill(mask, mask_id), x_0, mask)
-        nats, error = mean_and_error(by_row)
-        values.append((nats, error))
-        left = (time.monotonic() - started) / done * (len(counts) - done)
-        print(f"{label}: CE({m}) = {nats:.3f} +- {error:.3f}, {left:.0f} s left", file=sys.stderr)
-    nats, errors = zip(*values, strict=True)
+        points.append(mean_and_error(row_losses(model, x_0.masked_fill(mask, mask_id), x_0, mask)))
+    nats, errors = zip(*points, strict=True)
     return Curve(N, counts, list(nats), list(errors))

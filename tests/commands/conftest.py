@@ -82,12 +82,13 @@ def started(monkeypatch) -> list[list[str]]:
 
 @pytest.fixture
 def finish(workplace, started, capsys):
-    """Run an experiment to its end: (its lines, its JSON line). It must draw, too: a picture of the
-    script's name, or of the question that its flags begin with."""
+    """Run an experiment to its end: (its lines, its JSON line). It must draw, too: into
+    SCRIPT.png, or SCRIPT-QUESTION.png if its flags begin with a question."""
 
     def run(script, flags: str) -> tuple[list[str], dict]:
-        first = flags.split()[0]
-        name = script.__name__.split(".")[1] if first.startswith("-") else first
+        name = script.__name__.split(".")[1]
+        if not flags.startswith("-"):
+            name += "-" + flags.split()[0]
         assert script.main(flags.split()) == 0
         *lines, last = capsys.readouterr().out.splitlines()
         assert Path(f"out/experiments/{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -263,8 +263,8 @@ def test_the_same_end_is_scored_after_every_prompt():
 def test_masking_trains_every_row_with_every_seed(finish, started):
     lines, result = finish(training, f"masking {SEEDS} 4")
     assert [words[words.index("--seed") + 1] for words in started] == ["1", "2"] * 4
-    assert config_of("masking-always-15-2")["mlm_ratio"] == 0.15
-    assert config_of("masking-ten-levels-1")["mask_levels"] == 10
+    assert config_of("training/masking-always-15-2")["mlm_ratio"] == 0.15
+    assert config_of("training/masking-ten-levels-1")["mask_levels"] == 10
     assert result["columns"] == ["NELBO", *training.RATIOS]
     assert list(result["numbers"]) == list(training.QUESTIONS["masking"].rows)
     assert len({nelbo for rows in result["numbers"].values() for nelbo, *_ in rows}) == 8
@@ -279,14 +279,14 @@ def test_prefixes(finish, monkeypatch):
     monkeypatch.setitem(training.QUESTIONS, "prefixes", question)
     _, result = finish(training, f"prefixes {SEEDS} 4")
     assert result["columns"] == [0, 8]  # 60 + 8 do not fit
-    assert config_of("prefixes-0-to-32-1")["prefix_length_max"] == 32
+    assert config_of("training/prefixes-0-to-32-1")["prefix_length_max"] == 32
 
 
 def test_repetition_reads_a_small_corpus_and_is_found_again(finish):
     _, result = finish(training, f"repetition {SEEDS} 16")
     tokens = TokenFile("out/experiments/data/16384-tokens", "train").num_tokens
     assert result["columns"][3:] == pytest.approx([n * 2 * 8 * 64 / tokens for n in range(1, 9)])
-    assert config_of("repetition-GPT-1")["decay_fraction"] == 0
+    assert config_of("training/repetition-GPT-1")["decay_fraction"] == 0
     for _, best, _, *nats in (row for rows in result["numbers"].values() for row in rows):
         assert best == min(nats) and nats[-1] < nats[0]
     assert finish(training, f"repetition {SEEDS} 16")[1] == result
@@ -295,18 +295,20 @@ def test_repetition_reads_a_small_corpus_and_is_found_again(finish):
 def test_the_twin_is_compared_at_equal_tokens(finish):
     _, result = finish(training, f"twin {SEEDS} 12")
     assert result["columns"] == pytest.approx([n * 2 * 8 * 64 / 1e6 for n in range(1, 7)])
-    assert config_of("twin-GPT-2")["objective"] == "autoregressive"
+    assert config_of("training/twin-GPT-2")["objective"] == "autoregressive"
 
 
-def test_the_recipe_is_a_table_of_whole_trainings(finish, monkeypatch):
+def test_the_recipe_is_a_table_of_whole_trainings(workplace, started, monkeypatch, capsys):
     Path("text.txt").write_text(FOX * 300)
     Path("four.toml").write_text(Path("tiny.toml").read_text() + "steps = 4\n")
     rows = {"as it is": training.Row(tokenizer="byte"),
             "300 tokens": training.Row("--learning-rate 0.02", tokenizer="bpe:300")}
     question = training.QUESTIONS["recipe"]._replace(rows=rows)
     monkeypatch.setitem(training.QUESTIONS, "recipe", question)
-    _, result = finish(training, "recipe --config four.toml --corpus text.txt --seeds 1 2")
-    assert config_of("recipe-300-tokens-2")["learning_rate"] == 0.02
+    flags = "recipe --config four.toml --corpus text.txt --seeds 1 2"
+    assert training.main(flags.split()) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert config_of("training/recipe-300-tokens-2")["learning_rate"] == 0.02
     for rows in result["numbers"].values():
         assert len({bits for bits, seconds in rows}) == 2
 
