@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from diffusion import (
+    SCHEDULES,
     Curve,
     draw_mask,
     keyed_generator,
@@ -41,7 +42,7 @@ from experiments.lab.judge import Twins, judge, judged, load_twins, print_row, r
 from experiments.lab.pictures import draw, paint_frontier
 from experiments.lab.runs import OUT, autocast, measure_curve
 from plumbing.command import command
-from sample import State, denoise, left_to_right_model
+from sample import REMASKS, State, denoise, left_to_right_model
 
 # A label is "line" or "line, point": the picture joins the points of a line. "the twin" writes
 # itself, from left to right; everything else is written by the diffusion model.
@@ -72,31 +73,20 @@ QUESTIONS: dict[str, dict[str, dict]] = {
         "entropy": dict(order="entropy"),
         "the twin": LEFT_TO_RIGHT,
     },
-    "remasking": {
-        "none, 16 calls": dict(),
-        "none, 64 calls": dict(steps=64),
-        "renoise, 16 calls": dict(remask="renoise"),
-        "renoise, 64 calls": dict(remask="renoise", steps=64),
-        "cap, 64 calls": dict(remask="cap", steps=64),
-        "rescale, 64 calls": dict(remask="rescale", steps=64),
-        "conf, 64 calls": dict(remask="conf", steps=64),
-    },
+    "remasking": {f"{remask}, {steps} calls": dict(remask=remask, steps=steps)
+                  for remask in REMASKS for steps in (16, 64)},
     "steps": {
         **{f"{order}, {steps}": dict(order=order, steps=steps)
            for order in ("spread", "random") for steps in (256, 64, 16, 4, 1)},
         "left to right": LEFT_TO_RIGHT,
     },
-    "schedules": {
-        f"{order}, {schedule}": dict(order=order, schedule=schedule)
-        for order in ("spread", "random")
-        for schedule in ("linear", "cosine", "exponential", "optimal")
-    },
+    "schedules": {f"{order}, {schedule}": dict(order=order, schedule=schedule)
+                  for order in ("spread", "random") for schedule in (*SCHEDULES, "optimal")},
     "frontier": {
         f"{line}, {tau:g}": options | dict(temperature=tau)
         for line, options in {"spread in 4 calls": dict(steps=4), "spread in 16": dict(),
                               "random in 16": dict(order="random"),
-                              "the twin": LEFT_TO_RIGHT}.items()
-        for tau in (0.7, 0.85, 1.0)
+                              "the twin": LEFT_TO_RIGHT}.items() for tau in (0.7, 0.85, 1.0)
     },
 }
 THRESHOLDS = (0.5, 0.7, 0.9)  # of adaptive

@@ -27,8 +27,6 @@ from plumbing.config import ConfigError
 from prepare_data import DataError, TokenFile, get_tokenizer
 from sample import State, denoise
 
-# --- Who writes and who judges --------------------------------------------------------------------
-
 
 class Twins(NamedTuple):
     """A diffusion model, which writes, its twin, which judges, and what both have read."""
@@ -79,9 +77,6 @@ def write(model: Model, x: Tensor, mask_id: int, seed: int = 1,
         raise ConfigError(str(error)) from None
     with autocast(x.device.type):
         return [first, *states], time.perf_counter() - started
-
-
-# --- The numbers ----------------------------------------------------------------------------------
 
 
 def words(text: str) -> list[str]:

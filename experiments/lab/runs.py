@@ -29,8 +29,6 @@ ROOT = Path(__file__).parent.parent.parent
 TRAIN = ROOT / "train.py"
 OUT = Path("out/experiments")
 
-# --- Training -------------------------------------------------------------------------------------
-
 
 def trained(name: str, *settings: str, config: str = "configs/quickstart.toml",
             program: tuple[str | Path, ...] = (TRAIN,)) -> Path:
@@ -54,16 +52,12 @@ def trained(name: str, *settings: str, config: str = "configs/quickstart.toml",
 
 
 def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
-    """A corpus in which training text is scarce: so many tokens of it, the validation text whole.
-
-    They are windows of up to 1024 tokens, evenly spread: the beginning alone would be the oldest
-    text. Returns out_dir.
-    """
+    """out_dir, with so many tokens of the training text, and the validation text whole."""
     train = TokenFile(data_dir, "train")
     val = TokenFile(data_dir, "val")
     tokenizer = get_tokenizer(train.tokenizer, data_dir)
     end = tokenizer.decode([tokenizer.eot_token])
-    length = min(1024, tokens)
+    length = min(1024, tokens)  # of windows, evenly spread: the beginning alone would be the oldest
     windows = train.spread(max(1, tokens // length), length).tolist()
     texts = [("train", window) for window in windows] + [("val", val.tokens.tolist())]
     documents = ((split, [text]) for split, ids in texts
@@ -72,9 +66,6 @@ def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
     copy_file(train.tokenizer, data_dir, out_dir)  # the same tokens, whatever is left of the text
     write_dataset(documents, train.tokenizer, out_dir, f"{tokens} tokens of {data_dir}")
     return out_dir
-
-
-# --- Reading logs ---------------------------------------------------------------------------------
 
 
 class Point(NamedTuple):
@@ -100,11 +91,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """The run that train.py wrote into `folder`, with the last evaluation of each step.
-
-    Its log says how fast each stretch of steps was, measuring and saving excluded: added up, they
-    are the clock.
-    """
+    """The run that train.py wrote into `folder`, with the last evaluation of each step."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = (folder / "log.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
@@ -112,6 +99,7 @@ def read_run(folder: Path) -> Run:
     tokens = config["batch_size"] * config["context_length"]  # of a step
     steps = [0, *(line["step"] for line in training)]
     seconds = [tokens / max(1, line["tokens_per_second"]) for line in training]  # of a step
+    # How long each stretch of steps took, measuring and saving excluded: added up, the clock.
     clock = [0.0, *np.cumsum(np.diff(steps) * seconds)]
     compiling = steps[1] * max(0.0, seconds[0] - statistics.median(seconds[1:] or seconds))
     points = {}
@@ -122,9 +110,6 @@ def read_run(folder: Path) -> Run:
                                  line["nats"], line["stderr"], line["rows"], line["bits_per_byte"],
                                  line["curve"] and Curve(**line["curve"]))
     return Run(config, training, list(points.values()), compiling)
-
-
-# --- Measuring ------------------------------------------------------------------------------------
 
 
 def autocast(device: str = "cpu") -> torch.autocast:
@@ -159,11 +144,8 @@ def pair_nelbos(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0,
 
 @torch.no_grad()
 def measure_curve(model: Model, x_0: Tensor, mask_id: int, points: int, label: str) -> Curve:
-    """CE(m) at m = 1 and `points` counts evenly spaced up to N, each on all rows of x_0 (R,N).
-
-    (`nelbo` gives each count its part of the rows: cheaper, but too rough to tell good schedules
-    apart.)
-    """
+    """CE(m) at m = 1 and `points` counts evenly spaced up to N, each on all rows of x_0 (R,N), not
+    on a part of them as in `nelbo`: enough to tell good schedules apart."""
     R, N = x_0.shape
     generator = keyed_generator(0, 0, label)
     counts = sorted({1, *(max(1, round(N * i / points)) for i in range(1, points + 1))})
