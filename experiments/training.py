@@ -206,11 +206,17 @@ LEAKING = ("-c", "import sys, train; from experiments.training import leak; "
                  "train.ask = leak; sys.exit(train.main())")
 
 
+def path_of(*parts) -> str:
+    """A name for a folder."""
+    return re.sub("[^A-Za-z0-9]+", "-", " ".join(map(str, parts))).strip("-")
+
+
 def corpus_of(row: Row, args: argparse.Namespace) -> Path:
     """The folder of its training text, made if it is not there."""
     if not row.tokens and not row.tokenizer:
         return Path(args.data_dir)
-    folder = OUT / "data" / (row.tokenizer.replace(":", "-") or f"{row.tokens}-tokens")
+    name = path_of(args.data_dir, row.tokens) if row.tokens else path_of(args.corpus, row.tokenizer)
+    folder = OUT / "training-data" / name
     if (folder / "meta.json").exists():
         return folder
     if row.tokens:
@@ -229,10 +235,9 @@ def train(label: str, seed: int, args: argparse.Namespace) -> Path:
     if steps := args.steps or question.steps:
         words += ["--steps", steps, "--eval-interval", max(1, steps // question.evaluations),
                   "--eval-rows", 32, "--final-eval-rows", args.rows, "--log-interval", 10]
-    name = re.sub("[^A-Za-z0-9]+", "-", f"{args.question} {label} {seed}")
     program = {"program": LEAKING} if row.leak else {}
-    return trained(f"training/{name}", *map(str, words), *row.flags.split(), config=args.config,
-                   **program)
+    return trained(f"training/{path_of(args.question, label, seed)}", *map(str, words),
+                   *row.flags.split(), config=args.config, **program)
 
 
 def differences(values: Tensor, base: Tensor) -> tuple[list[float], list[float]]:

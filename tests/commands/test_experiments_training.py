@@ -284,7 +284,7 @@ def test_prefixes(finish, monkeypatch):
 
 def test_repetition_reads_a_small_corpus_and_is_found_again(finish):
     _, result = finish(training, f"repetition {SEEDS} 16")
-    tokens = TokenFile("out/experiments/data/16384-tokens", "train").num_tokens
+    tokens = TokenFile("out/experiments/training-data/data-sotu-16384", "train").num_tokens
     assert result["columns"][3:] == pytest.approx([n * 2 * 8 * 64 / tokens for n in range(1, 9)])
     assert config_of("training/repetition-GPT-1")["decay_fraction"] == 0
     for _, best, _, *nats in (row for rows in result["numbers"].values() for row in rows):
