@@ -1,7 +1,7 @@
 # make sample       install, and write four texts with the model in pretrained/, in under a minute
 # make quickstart   install, fetch a corpus, train, write: 2 minutes on 2 CPU cores with bfloat16
 # make experiments  the learning guide's experiments: docs/guide.md
-# make twin         what they begin with: their packages, a model of bytes, and its twin GPT
+# make twin         what they begin with: their packages, the quickstart's model, and its twin GPT
 # make test         prove everything that is quick to prove
 # make test-slow    prove the rest
 # make test-reliability   kill, starve and deceive it for long: docs/reliability.md
@@ -27,21 +27,22 @@ quickstart: .venv/installed
 	$(BIN)/python -m experiments.words data/sotu out/quickstart/samples.txt
 
 # In the order of docs/guide.md. What they train stays in out/experiments, for the next time.
-EXPERIMENTS = masking_viz training_dynamics schedules sampling_methods temperature steps adaptive \
-	variable_masking gpt_twin repetition custom_masking prefix_lengths layers guidance structured sudoku \
-	domain proof_corpus roberta_start
+EXPERIMENTS = masking "training dynamics" "sampling schedules" "sampling methods" "sampling temperature" \
+	"sampling orders" "sampling remasking" "sampling steps" "sampling adaptive" "sampling frontier" \
+	"training masking" "training twin" "training repetition" "training prefixes" layers guidance structured \
+	sudoku domain proof_corpus roberta_start
 experiments: twin
 	set -e; for name in $(EXPERIMENTS); do \
 		echo; echo "== python -m experiments.$$name"; $(BIN)/python -m experiments.$$name; done
 
-twin: .venv/installed-dev out/bytes/model.safetensors out/bytes-ar/model.safetensors
-data/sotu-bytes/meta.json: .venv/installed
-	$(BIN)/python prepare_data.py sotu --tokenizer byte --out-dir data/sotu-bytes
-out/bytes/model.safetensors: data/sotu-bytes/meta.json
-	$(BIN)/python train.py configs/bytes.toml $(if $(wildcard out/bytes/state.safetensors),--resume)
-out/bytes-ar/model.safetensors: data/sotu-bytes/meta.json
-	$(BIN)/python train.py configs/bytes.toml --objective autoregressive --out-dir out/bytes-ar \
-		$(if $(wildcard out/bytes-ar/state.safetensors),--resume)
+twin: .venv/installed-dev out/quickstart/model.safetensors out/quickstart-ar/model.safetensors
+data/sotu/meta.json: .venv/installed
+	$(BIN)/python prepare_data.py sotu --tokenizer bpe:8192 --out-dir data/sotu
+out/quickstart/model.safetensors: data/sotu/meta.json
+	$(BIN)/python train.py configs/quickstart.toml $(if $(wildcard out/quickstart/state.safetensors),--resume)
+out/quickstart-ar/model.safetensors: data/sotu/meta.json
+	$(BIN)/python train.py configs/quickstart.toml --objective autoregressive --out-dir out/quickstart-ar \
+		$(if $(wildcard out/quickstart-ar/state.safetensors),--resume)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not slow and not reliability"

@@ -179,7 +179,6 @@ def price_holes(model: Model, twin: Model, texts: Tensor, mask_id: int,
 @command("experiments.prices")
 def main(arguments: list[str]) -> None:
     parser = flags("prices", __doc__)
-    parser.set_defaults(checkpoint="out/quickstart", data_dir="data/sotu")
     add = parser.add_argument
     add("--judge", help="the autoregressive twin, to compare with")
     add("--texts", type=several, default=64, help="to price (default: 64)")

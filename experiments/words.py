@@ -1,4 +1,4 @@
-"""How many of the words a model wrote are words? python -m experiments.words data/sotu-bytes FILE
+"""How many of the words a model wrote are words? python -m experiments.words data/sotu FILE
 
 Prints the fraction of the words in the text that occur anywhere in the training text, beside that
 of the validation text (real English, the ceiling) and of validation letters in random order

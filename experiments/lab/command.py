@@ -1,11 +1,9 @@
 """The command line of an experiment:
 
-    python -m experiments.NAME [--checkpoint out/bytes] [--data-dir data/sotu-bytes]
-                               [--picture FILE]
+    python -m experiments.NAME [--checkpoint out/quickstart] [--data-dir data/sotu] [--picture FILE]
 
 An experiment trains what it needs in out/experiments/, where a second run finds it, prints a table,
-draws it (into out/experiments/NAME.png unless told otherwise), and ends with one JSON line of the
-numbers.
+draws it (into out/experiments/ unless told otherwise), and ends with one JSON line of the numbers.
 """
 
 import argparse
@@ -38,29 +36,24 @@ def flags(name: str, doc: str, checkpoint: bool = True, data_dir: bool = True) -
     doc: of the module; its first line is the question.
     """
     parser = Parser(prog=f"experiments.{name}", description=doc.split("\n")[0])
+    add = parser.add_argument
     if checkpoint:
-        parser.add_argument("--checkpoint", default="out/bytes", help="(default: %(default)s)")
+        add("--checkpoint", default="out/quickstart", help="(default: %(default)s)")
     if data_dir:
-        parser.add_argument("--data-dir", default="data/sotu-bytes", help="(default: %(default)s)")
-    picture = OUT / f"{name}.png"
-    parser.add_argument("--picture", type=Path, default=picture, help="the PNG to draw")
+        add("--data-dir", default="data/sotu", help="(default: %(default)s)")
+    add("--picture", type=Path, default=OUT / f"{name}.png", help="the PNG to draw")
     return parser
 
 
 def flags_with_judge(name: str, doc: str, num_samples: int = 16) -> Parser:
     """`flags`, and those of writing samples and judging them."""
     parser = flags(name, doc)
-    parser.add_argument("--judge", default="out/bytes-ar", help="(default: %(default)s)")
+    parser.add_argument("--judge", default="out/quickstart-ar", help="(default: %(default)s)")
     parser.add_argument("--num-samples", type=several, default=num_samples,
                         help="texts of each row of the table (default: %(default)s)")
     return parser
 
 
 def report(numbers: dict) -> None:
-    """The end of every experiment: one JSON line with the numbers of its table."""
+    """The end of every experiment: one JSON line with what its table rests on."""
     print("\n" + json.dumps(numbers))
-
-
-def answer(sentence: str, numbers: dict) -> None:
-    """The end of every experiment: the answer, and one JSON line with what it rests on."""
-    print(f"\nAnswer: {sentence}\n{json.dumps(numbers)}")

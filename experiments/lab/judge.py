@@ -27,19 +27,6 @@ from plumbing.config import ConfigError
 from prepare_data import DataError, TokenFile, get_tokenizer
 from sample import State, denoise
 
-ORDER_OPTIONS = {  # by the name in tables and pictures
-    "random": dict(order="random"),
-    "spread": dict(order="spread"),
-    "left_to_right": dict(order="left_to_right"),
-    "ancestral": dict(order="ancestral"),
-    "confidence": dict(order="confidence"),
-    "confidence, gumbel 1": dict(order="confidence", gumbel=1.0),
-    "margin": dict(order="margin"),
-    "entropy": dict(order="entropy"),
-}
-
-# --- Who writes and who judges --------------------------------------------------------------------
-
 
 class Twins(NamedTuple):
     """A diffusion model, which writes, its twin, which judges, and what both have read."""
@@ -92,9 +79,6 @@ def write(model: Model, x: Tensor, mask_id: int, seed: int = 1,
         return [first, *states], time.perf_counter() - started
 
 
-# --- The numbers ----------------------------------------------------------------------------------
-
-
 def words(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
 
@@ -145,21 +129,8 @@ def judged(twins: Twins, sampler: str, x: Tensor, network: Model | None = None,
     """Let the model (or `network`) fill the holes of x: (a row of the table, all states)."""
     states, seconds = write(network or twins.model, x, twins.mask_id, **options)
     speed = int((x == twins.mask_id).sum()) / seconds
-    row = {"sampler": sampler, "temperature": float(options.get("temperature", 1)),
-           "calls": states[-1].calls, "tokens_per_second": round(speed)}
+    row = {"sampler": sampler, "calls": states[-1].calls, "tokens_per_second": round(speed)}
     return row | judge(twins, states[-1].tokens), states
-
-
-def judged_real(twins: Twins, tokens: Tensor, label: str = "real text") -> dict:
-    """The row of real text (n,T), which nobody had to write."""
-    row = {"sampler": label, "temperature": None, "calls": None, "tokens_per_second": None}
-    return row | judge(twins, tokens)
-
-
-def distance(row: dict, real: dict) -> float:
-    """From real text: the sum of the relative differences of four numbers."""
-    return sum(abs(row[name] / real[name] - 1)
-               for name in ("judge", "entropy", "distinct", "words"))
 
 
 def print_row(row: dict, heading: bool = False) -> None:

@@ -27,14 +27,10 @@ def draw(path: Path, paint: Callable, columns: int = 1, rows: int = 1, width: fl
 
 
 def paint_frontier(axes, real: dict, rows: dict[str, list[dict]]) -> None:
-    """Likelihood against entropy: a line through the rows of each label, real text as a star.
-
-    Rows may have errors: judge_error and entropy_error.
-    """
-    axes.plot(real["entropy"], real["judge"], "*", markersize=16, color="black", label="real text",
-              zorder=3)
+    """Likelihood against entropy: a line through the rows of each label, real text as a star."""
+    axes.plot(real["entropy"], real["judge"], "k*", markersize=16, label="real text", zorder=3)
     for label, line in rows.items():
         axes.errorbar([row["entropy"] for row in line], [row["judge"] for row in line],
-                      yerr=[row.get("judge_error", 0.0) for row in line],
-                      xerr=[row.get("entropy_error", 0.0) for row in line], marker="o", label=label)
+                      yerr=[row["error"] for row in line], marker="o", label=label)
     axes.set(xlabel="entropy of a sample's tokens, nats", ylabel="nats per token under the twin")
+    axes.legend(fontsize="small")

@@ -5,7 +5,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,6 @@ from diffusion import (
     row_losses,
 )
 from plumbing import machine
-from plumbing.checkpoint import CheckpointError
 from plumbing.vocabulary import copy_file
 from prepare_data import DataError, TokenFile, get_tokenizer, write_dataset
 
@@ -31,18 +29,16 @@ ROOT = Path(__file__).parent.parent.parent
 TRAIN = ROOT / "train.py"
 OUT = Path("out/experiments")
 
-# --- Training -------------------------------------------------------------------------------------
 
-
-def trained(name: str, *settings: str, config: str = "configs/bytes.toml",
-            program: tuple[str | Path, ...] = (TRAIN,), out: Path = OUT) -> Path:
+def trained(name: str, *settings: str, config: str = "configs/quickstart.toml",
+            program: tuple[str | Path, ...] = (TRAIN,)) -> Path:
     """The folder of a finished run of train.py: found in out/experiments/NAME, continued, or new.
 
     settings: flags of train.py. If it fails, it has said why, and we end with its exit code. A run
         of this name with other settings is such a failure: delete its folder to train again.
     program: what Python runs, if not train.py itself: a module of ours that calls train.main.
     """
-    folder = out / name
+    folder = OUT / name
     resume = ["--resume"] if (folder / "state.safetensors").exists() else []
     shown = " ".join("train.py" if word == TRAIN else str(word) for word in program)
     print(f"$ python {shown} {' '.join([config, *settings])} --out-dir {folder}", flush=True)
@@ -56,16 +52,12 @@ def trained(name: str, *settings: str, config: str = "configs/bytes.toml",
 
 
 def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
-    """A corpus in which training text is scarce: so many tokens of it, the validation text whole.
-
-    They are windows of up to 1024 tokens, evenly spread: the beginning alone would be the oldest
-    text. Returns out_dir.
-    """
+    """out_dir, with so many tokens of the training text, and the validation text whole."""
     train = TokenFile(data_dir, "train")
     val = TokenFile(data_dir, "val")
     tokenizer = get_tokenizer(train.tokenizer, data_dir)
     end = tokenizer.decode([tokenizer.eot_token])
-    length = min(1024, tokens)
+    length = min(1024, tokens)  # of windows, evenly spread: the beginning alone would be the oldest
     windows = train.spread(max(1, tokens // length), length).tolist()
     texts = [("train", window) for window in windows] + [("val", val.tokens.tolist())]
     documents = ((split, [text]) for split, ids in texts
@@ -76,69 +68,48 @@ def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
     return out_dir
 
 
-# --- Reading logs ---------------------------------------------------------------------------------
-
-
 class Point(NamedTuple):
-    """An evaluation: validation nats per token after so many steps, tokens, seconds of training."""
+    """An evaluation, after so many steps, tokens and seconds of training."""
 
     step: int
     tokens: int
     seconds: float
-    nats: float
+    nats: float  # per token of validation text
     stderr: float
     rows: int
+    bits_per_byte: float
+    curve: Curve | None  # CE(m); None for GPT
 
 
 class Run(NamedTuple):
     """A training run, as its folder tells it."""
 
     config: dict
+    training: list[dict]  # the lines of its log: step, loss ...
     points: list[Point]
     compiling: float  # seconds that the first steps took beyond the usual: compiling, nearly all
 
 
-def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
-    """(lines of training, the last evaluation of each step) of a run's log.jsonl."""
+def read_run(folder: Path) -> Run:
+    """The run that train.py wrote into `folder`, with the last evaluation of each step."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = (folder / "log.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     training = [line for line in lines if "loss" in line]
-    evaluations = {line["step"]: line for line in lines if "nats" in line}
-    return training, list(evaluations.values())
-
-
-def read_run(folder: Path) -> Run:
-    """The run that train.py wrote into `folder`. CheckpointError, one line, if there is none.
-
-    Its log says how fast each stretch of steps was, measuring and saving excluded: added up, they
-    are the clock.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        training, evaluations = read_log(folder)
-        tokens = config["batch_size"] * config["context_length"]  # of a step
-        steps = [0, *(line["step"] for line in training)]
-        seconds = [tokens / max(1, line["tokens_per_second"]) for line in training]  # of a step
-        clock = [0.0, *np.cumsum(np.diff(steps) * seconds)]
-        compiling = steps[1] * max(0.0, seconds[0] - statistics.median(seconds[1:] or seconds))
-        points = []
-        for line in evaluations:
-            time_then = float(np.interp(line["step"], steps, clock))
-            points.append(Point(line["step"], line["step"] * tokens, time_then, line["nats"],
-                                line["stderr"], line["rows"]))
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}; name a folder of train.py"
-        raise CheckpointError(problem) from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        problem = f"{folder} has no readable log of a training run ({error!r})"
-        raise CheckpointError(problem) from None
-    if not points:
-        raise CheckpointError(f"{folder} was never evaluated: train on, or with a smaller "
-                              "--eval-interval")
-    return Run(config, points, compiling)
-
-
-# --- Measuring ------------------------------------------------------------------------------------
+    tokens = config["batch_size"] * config["context_length"]  # of a step
+    steps = [0, *(line["step"] for line in training)]
+    seconds = [tokens / max(1, line["tokens_per_second"]) for line in training]  # of a step
+    # How long each stretch of steps took, measuring and saving excluded: added up, the clock.
+    clock = [0.0, *np.cumsum(np.diff(steps) * seconds)]
+    compiling = steps[1] * max(0.0, seconds[0] - statistics.median(seconds[1:] or seconds))
+    points = {}
+    for line in lines:
+        if "nats" in line:
+            step = line["step"]
+            points[step] = Point(step, step * tokens, float(np.interp(step, steps, clock)),
+                                 line["nats"], line["stderr"], line["rows"], line["bits_per_byte"],
+                                 line["curve"] and Curve(**line["curve"]))
+    return Run(config, training, list(points.values()), compiling)
 
 
 def autocast(device: str = "cpu") -> torch.autocast:
@@ -173,22 +144,14 @@ def pair_nelbos(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0,
 
 @torch.no_grad()
 def measure_curve(model: Model, x_0: Tensor, mask_id: int, points: int, label: str) -> Curve:
-    """CE(m) at m = 1 and `points` counts evenly spaced up to N, each on all rows of x_0 (R,N).
-
-    (`nelbo` gives each count its part of the rows: cheaper, but too rough to tell good schedules
-    apart.)
-    """
+    """CE(m) at m = 1 and `points` counts evenly spaced up to N, each on all rows of x_0 (R,N), not
+    on a part of them as in `nelbo`: enough to tell good schedules apart."""
     R, N = x_0.shape
     generator = keyed_generator(0, 0, label)
     counts = sorted({1, *(max(1, round(N * i / points)) for i in range(1, points + 1))})
-    values = []
-    started = time.monotonic()
-    for done, m in enumerate(counts, start=1):
+    points = []
+    for m in counts:
         mask = draw_mask(torch.full((R,), m), N, 0, generator)
-        by_row = row_losses(model, x_0.masked_fill(mask, mask_id), x_0, mask)
-        nats, error = mean_and_error(by_row)
-        values.append((nats, error))
-        left = (time.monotonic() - started) / done * (len(counts) - done)
-        print(f"{label}: CE({m}) = {nats:.3f} +- {error:.3f}, {left:.0f} s left", file=sys.stderr)
-    nats, errors = zip(*values, strict=True)
+        points.append(mean_and_error(row_losses(model, x_0.masked_fill(mask, mask_id), x_0, mask)))
+    nats, errors = zip(*points, strict=True)
     return Curve(N, counts, list(nats), list(errors))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from experiments import training_dynamics
+from experiments import training
 from experiments.lab import runs
 from model import ModelConfig, Transformer
 from plumbing.checkpoint import write_tensors
@@ -46,10 +46,12 @@ def networks(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, data, networks) -> Path:
-    """The folder to work in, with data/sotu-bytes/, run/, twin/, configs/ and tiny.toml."""
+    """The folder to work in, with data/sotu/, data/sotu-bytes/ (the same), run/, twin/, configs/
+    and tiny.toml."""
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
-    for name, target in (("data/sotu-bytes", data), ("configs", ROOT / "configs"),
+    for name, target in (("data/sotu", data), ("data/sotu-bytes", data),
+                         ("configs", ROOT / "configs"),
                          ("run", networks / "run"), ("twin", networks / "twin")):
         Path(name).symlink_to(target)
     Path("tiny.toml").write_text(TINY + 'data_dir = "data/sotu-bytes"\n')
@@ -68,7 +70,7 @@ def started(monkeypatch) -> list[list[str]]:
         ask = train.ask
         if program == "-c":  # a bug is put into it before
             assert "train.ask = leak" in arguments.pop(0)
-            ask = training_dynamics.leak
+            ask = training.leak
         else:
             assert program == str(runs.TRAIN)
         with unittest.mock.patch("train.ask", ask):
@@ -80,10 +82,13 @@ def started(monkeypatch) -> list[list[str]]:
 
 @pytest.fixture
 def finish(workplace, started, capsys):
-    """Run an experiment to its end: (its lines, its JSON line). It must draw, too."""
+    """Run an experiment to its end: (its lines, its JSON line). It must draw, too: into
+    SCRIPT.png, or SCRIPT-QUESTION.png if its flags begin with a question."""
 
     def run(script, flags: str) -> tuple[list[str], dict]:
         name = script.__name__.split(".")[1]
+        if not flags.startswith("-"):
+            name += "-" + flags.split()[0]
         assert script.main(flags.split()) == 0
         *lines, last = capsys.readouterr().out.splitlines()
         assert Path(f"out/experiments/{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -116,8 +116,7 @@ def test_a_missing_file_and_a_missing_value_are_named(capsys):
 
 def test_the_shipped_configs_are_valid_and_say_what_to_expect():
     folder = Path(__file__).parents[2] / "configs"
-    names = {"quickstart", "pretrained", "bytes", "shakespeare", "mlm", "gpt2", "gpt2-15min",
-             "gpt2-ar"}
+    names = {"quickstart", "pretrained", "shakespeare", "gpt2", "gpt2-15min", "gpt2-ar"}
     assert {path.stem for path in folder.glob("*.toml")} == names
     assert not list(folder.glob("*.py"))
     for name in names:

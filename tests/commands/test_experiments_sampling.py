@@ -1,6 +1,5 @@
 """The experiments about hiding and writing: they count exactly, steer exactly, run to their end."""
 
-import itertools
 import json
 import math
 import re
@@ -25,23 +24,17 @@ from oracles import (
     seeded,
 )
 
-from diffusion import SCHEDULES, Curve, schedule_nelbo
+from diffusion import Curve
 from experiments import (
-    adaptive,
     denoise_page,
-    frontier,
     guidance,
     masking,
-    samplers,
-    sampling_methods,
-    schedules,
-    steps,
+    sampling,
     structured,
-    temperature,
 )
 from experiments.lab import judge
 from prepare_data import get_tokenizer, write_dataset
-from sample import REMASKS, State, generate
+from sample import State, exact_nll, generate
 
 BYTES = get_tokenizer("byte")
 MASK = 257
@@ -102,105 +95,78 @@ def test_masking_shows_what_is_hidden_as_blocks(finish):
 # --- Writing and judging --------------------------------------------------------------------------
 
 
+@pytest.fixture
+def twins(workplace) -> judge.Twins:
+    return judge.load_twins("run", "twin", "data/sotu")
+
+
 def test_numbers_that_one_can_count():
-    texts = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 9], [6, 7, 8, 6, 7]])
-    # Two runs a text: 0 and 1 have one in common, 2 has none: 2 x 1/2 of 6 ordered pairs.
-    assert sampling_methods.shared_runs(texts) == pytest.approx(1 / 6)
-    assert sampling_methods.shared_runs(texts[:1].expand(3, -1)) == 1
-    assert math.isnan(sampling_methods.shared_runs(texts[:1]))
     rows = [[[9, 9, 9], [9, 1, 1]], [[9, 9, 1], [1, 1, 1]], [[9, 1, 1], [1, 1, 1]],
             [[1, 1, 1], [1, 1, 1]]]  # finished after three calls and after one
     states = [State(torch.tensor(tokens), torch.zeros(2, 3), i) for i, tokens in enumerate(rows)]
-    assert adaptive.calls_of_texts(states, 9) == (3 + 1) / 2
+    assert sampling.calls_of_texts(states, 9) == (3 + 1) / 2
     x_0 = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     x = torch.tensor([[9, 2, 9, 4], [9, 9, 7, 8]])
     written = torch.tensor([[1, 2, 0, 4], [5, 6, 7, 8]])
-    assert adaptive.right(written, x, x_0, 9) == pytest.approx((0.75, 0.25))
+    assert sampling.restored(written, x, x_0, 9).tolist() == [0.5, 1]
 
 
-@pytest.mark.parametrize("p, calls", [(0.99, 1), (0.5, 4)])
-def test_a_confident_model_needs_one_call_and_another_as_many_as_tokens(workplace, p, calls):
-    twins = judge.load_twins("run", "twin", "data/sotu-bytes")
+@pytest.mark.parametrize("p, calls", [(0.99, 1), (0.2, 4)])
+def test_a_confident_model_needs_one_call_and_another_as_many_as_tokens(twins, p, calls):
     x = masked(2, 4, MASK)
     logits = torch.full((4, MASK), math.log((1 - p) / 256))
     logits[:, 7] = math.log(p)
-    rows = adaptive.compare(twins._replace(model=Fixed(logits)), "fill", torch.full_like(x, 7), x,
-                            [0.9], 0.0)
-    assert [(row["calls"], row["right"]) for row in rows] == [(calls, 1)] * 2
+    rows = sampling.compare(twins._replace(model=Fixed(logits)), "fill", torch.full_like(x, 7), x,
+                            0.0)
+    numbers = [(row["calls"], row["right"], row["more"]) for row in rows[1:]]
+    assert numbers == [(calls, 1, 0)] * 2 * len(sampling.THRESHOLDS)
 
 
-def test_adaptive_decoding_is_better_only_beyond_two_standard_errors():
-    rows = [dict(sampler=how, task=task, calls=3.0, hidden=9, judge=judge, error=0.03, right=right,
-                 right_error=0.04) for how, task, judge, right in (
-        ("free a", "free", 1.00, 0), ("fixed", "free", 1.09, 0),  # 0.09 > 2 x 0.042
-        ("free b", "free", 1.00, 0), ("fixed", "free", 1.08, 0),
-        ("fill c", "fill", 0.00, 0.50), ("fixed", "fill", 0.00, 0.62))]  # 0.12 > 2 x 0.057
-    said = adaptive.summary(rows)
-    wanted = "in 1 of 3 comparisons, and worse in 1: free a: 3 calls for 9 tokens, 1.00 nats"
-    assert wanted in said
-    assert said.endswith("fill c: 3 calls for 9 tokens, 50.0% right against 62.0%.")
+def test_the_price_of_a_text_is_exact_and_that_of_random_order_the_mean_over_orders(twins):
+    x_0 = judge.real_text(twins, 4)
+    options = dict(order="spread", steps=5, schedule="cosine", temperature=0.3)
+    found = sampling.prices(twins, x_0, None, options)
+    exact = exact_nll(twins.model, x_0, MASK, order="spread", steps=5, schedule="cosine")
+    assert found.mean().item() == pytest.approx(exact.nats, rel=0.01)  # in bfloat16
+    curve = Curve(4, [1, 4], [1.0, 4.0], [0.0, 0.0])
+    nats = sampling.prices(twins, x_0, curve, options | dict(order="random", schedule=[4, 1, 0]))
+    assert nats.item() == pytest.approx((3 * 4 + 1 * 1) / 4)
 
 
-def steps_and_prices(result):
-    curve = Curve(**result["curve"])
-    prices = [schedule_nelbo(curve, "linear", steps) for steps in (1, 4, N)]
-    assert [row["price"] for row in result["rows"]] == [*prices, *[None] * 4]
-    assert prices[0] == curve.nats[-1]  # one-shot: every token costs what it costs from nothing
-    return [row["calls"] for row in result["rows"]] == [1, 4, N, 1, 4, N, N]
+def priced(result):
+    rows = result["rows"][1:]
+    firsts = [row for row in rows if row["sampler"] in ("spread, 256", "random, 256",
+                                                        "spread, linear", "random, linear")]
+    return {row["more"] for row in firsts} == {0} and all(row["price"] > 0 for row in rows)
 
 
 def as_many_calls(result):
-    calls = [row["calls"] for row in result["rows"]]
-    assert calls[1::2] == [max(1, round(number)) for number in calls[::2]]  # the fixed schedule's
-    assert calls[2::4] == [12, 6]  # nothing is more probable than 1: a token a call
-    # Then both do the same, up to the random numbers they draw: at temperature 0 there are none.
-    return result["rows"][-2]["right"] == result["rows"][-1]["right"]
+    calls = [row["calls"] for row in result["rows"] if row["calls"]]
+    rights = [row["right"] for row in result["rows"] if row["right"] is not None]
+    return calls[1::2] == [max(1, round(n)) for n in calls[::2]] and len(rights) == 6
 
 
-def nearest(result):
-    real = result["real"]
-    for order, tau in result["best"].items():
-        line = [row for row in result["rows"] if row["sampler"] == order]
-        assert tau == min(line, key=lambda row: judge.distance(row, real))["temperature"]
-    return len(result["rows"]) == 9
-
-
-@pytest.mark.parametrize("script, flags, check", [
-    (schedules, "--rows 8 --curve-points 4 --steps 5", lambda result: all(
-        nats == pytest.approx(schedule_nelbo(Curve(*result["measured"]), name, int(steps)))
-        for name in SCHEDULES for steps, nats in result["table"][name].items())
-        and [row["calls"] for row in result["rows"]] == [5] * 8),
-    (sampling_methods, "--steps 4", lambda result: 1 == result["rows"][0]["same"]
-        == result["rows"][0]["shared"] > 5 * result["rows"][-1]["same"]),
-    (temperature, "--steps 4 --temperatures 0 0.5 2", nearest),
-    (steps, "--steps 1 4 99 --rows 8", steps_and_prices),
-    (adaptive, "--thresholds 0.01 1 --fill-samples 4 --length 12 --mask-ratio 0.5", as_many_calls),
-    (samplers, "--steps 16 --temperatures 0.5", lambda result: sum(
-        row["grid"] for row in result["rows"]) == len(REMASKS) * len(judge.ORDER_OPTIONS)),
+@pytest.mark.parametrize("question, check", [
+    ("temperature", lambda result: result["rows"][1]["entropy"] < result["rows"][-1]["entropy"]),
+    ("methods", lambda result: result["rows"][1]["error"] == 0),  # the same text again and again
+    ("orders", lambda result: result["rows"][-1]["calls"] == N),
+    ("remasking", lambda result: max(row["calls"] or 0 for row in result["rows"]) == N),
+    ("steps", priced),
+    ("schedules", priced),
+    ("adaptive", as_many_calls),
+    ("frontier", lambda result: result["rows"][-1]["judge"] < result["rows"][1]["judge"]),
 ])
-def test_judged_samples(script, flags, check, finish):
-    _, result = finish(script, "--checkpoint run --judge twin --num-samples 3 " + flags)
+def test_a_question_about_sampling_is_a_table(question, check, finish):
+    lines, result = finish(sampling, f"{question} --checkpoint run --judge twin --num-samples 3 "
+                                     "--rows 4")
     assert check(result)
+    for row in result["rows"]:
+        assert any(line.startswith(row["sampler"]) for line in lines)
 
 
 # --- Prices ---------------------------------------------------------------------------------------
 
 
-def test_the_frontier_has_a_row_for_each_writer_and_errors_over_models(finish):
-    _, result = finish(frontier, "--checkpoints run run --judge twin --data-dir data/sotu-bytes "
-                                 "--num-samples 4 --orders spread --calls 2 5 --temperatures 0.05 "
-                                 "1")
-    rows = result["rows"]
-    assert [(row["writer"], row["calls"], row["temperature"]) for row in rows] == [
-        *itertools.product(["the twin"], [N], [0.05, 1]),
-        *itertools.product(["spread"], [2, 5], [0.05, 1])]
-    # Real words, except those that the window cuts.
-    assert result["real"]["words"] > max(row["words"] for row in rows)
-    for cold, hot in zip(rows[::2], rows[1::2], strict=True):
-        assert cold["entropy"] < hot["entropy"]
-    assert rows[0]["judge"] < rows[1]["judge"] - 1  # what it writes cautiously it finds likely
-    # One twin, two seeds of ours.
-    assert math.isnan(rows[1]["judge_error"]) and rows[3]["judge_error"] > 0
 
 
 # --- Guidance -------------------------------------------------------------------------------------

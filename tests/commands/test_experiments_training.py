@@ -15,11 +15,7 @@ from diffusion import Masking
 from experiments import (
     domain,
     layers,
-    prefix_lengths,
-    recipe,
-    repetition,
-    training_dynamics,
-    variable_masking,
+    training,
 )
 from model import ModelConfig, Transformer
 from plumbing.checkpoint import load_checkpoint
@@ -36,71 +32,6 @@ def config_of(name: str) -> dict:
 # --- The recipe -----------------------------------------------------------------------------------
 
 
-def test_the_recipe_is_a_table_of_trainings(workplace, started, monkeypatch, capsys):
-    Path("text.txt").write_text(FOX * 300)
-    monkeypatch.setattr(recipe, "ROWS", {
-        "as it is": ("byte", "--steps 4"), "spread": ("byte", "--steps 4 --mask-positions spread"),
-        "300 tokens": ("bpe:300", "--steps 4 --learning-rate 0.02")})
-    flags = "--config tiny.toml --corpus text.txt --seeds 1 2 --picture a.png"
-    assert recipe.main(flags.split()) == 0
-    lines = capsys.readouterr().out.splitlines()
-    result = json.loads(lines[-1])
-    assert Path("a.png").stat().st_size > 1000 and "Answer: the lowest bound has" in lines[-2]
-    assert [words[words.index("--seed") + 1] for words in started] == ["1", "2"] * 3
-    assert config_of("recipe-300-tokens-2")["learning_rate"] == 0.02
-    for name, bits in result["bits_per_byte"].items():
-        assert len(set(bits)) == 2 and min(bits) > 0.1  # two seeds, two runs
-        row = next(line for line in lines if line.startswith(name))
-        more = [other - base for other, base in zip(bits, result["bits_per_byte"]["as it is"],
-                                                    strict=True)]
-        assert f"{sum(more) / 2:+.3f} +- {abs(more[0] - more[1]) / 2:.3f}" in row
-
-
-# --- Prompts --------------------------------------------------------------------------------------
-
-
-def test_the_same_end_is_scored_after_every_prompt():
-    shown = []
-
-    def watched(tokens, positions):
-        shown.append(tokens)
-        missing = T - tokens.size(1)
-        x = torch.nn.functional.pad(tokens, (missing, 0), value=V)
-        return EXACT(x)[:, missing:].flatten(0, 1)[positions]
-
-    watched.config = SimpleNamespace(mask_id=V)
-    x_0 = torch.arange(32).view(8, 4) % V
-    found = prefix_lengths.measure(watched, x_0, [0, 2], end=2)
-    assert found[0].shape == found[2].shape == (4,)
-    assert [tokens.size(1) for tokens in shown] == [2, 4]
-    assert torch.equal(shown[1][:, :2], x_0[:, :2])  # the prompt stays visible
-
-
-def test_the_answer_says_which_prefix_pays():
-    def terms(shift):
-        return {p: torch.linspace(1, 3, 50, dtype=torch.float64) + shift * p for p in (0, 64)}
-
-    means = {"none": terms(0), "fixed": terms(-0.001), "drawn": terms(0.001), "fewer": terms(0.002)}
-    text = prefix_lengths.conclude(means)
-    assert "at equal steps fixed training with a prefix makes continuing a prompt better" in text
-    assert "-0.064 +- 0.000 at 64 tokens of prompt and +0.000 +- 0.000 at 0 (fixed)" in text
-    assert "drawn changes it by -0.064 +- 0.000 at 64 tokens" in text
-    assert "at equal steps no training" in prefix_lengths.conclude(means | {"fixed": terms(0.001)})
-
-
-def test_prefix_lengths(finish):
-    flags = "--steps 4 --rows 8 --fixed 4 --longest 32 --prompts 0 8 56 --end 8"
-    _, tables = finish(prefix_lengths, TINY + flags)
-    assert list(tables) == ["All that follows", "The same last 8 tokens"]
-    for table in tables.values():
-        assert all(list(table[name]) == ["0", "8", "56"] for name in table)
-        assert all(more == 0 for _, _, more, _ in table["none"].values())
-    whole, same = tables.values()
-    assert list(same) == ["none", "fixed", "drawn", "fewer"]
-    assert whole["none"]["56"] == same["none"]["56"]
-    fewer = config_of("prefix-fewer")
-    assert (fewer["steps"], fewer["prefix_length_max"]) == (3, None)  # 4 * (1 - 32/2/64)
-    assert config_of("prefix-drawn")["prefix_length_max"] == 32
 
 
 # --- Layers ---------------------------------------------------------------------------------------
@@ -249,74 +180,91 @@ def test_domain(finish):
     assert len(result["filled"]) == 2 + 3
 
 
-# --- Levels ---------------------------------------------------------------------------------------
+# --- Comparing trainings --------------------------------------------------------------------------
+
+SEEDS = TINY + "--seeds 1 2 --rows 8 --steps"
 
 
-def prepare_prose() -> bytes:
-    """A corpus that is always there, our own prose and code; its validation text, every tenth
-    paragraph, is returned. ASCII only: the pictures made of blocks are another language."""
-    paths = [path for kind in ("*.md", "*.py", "*/*.md", "*/*.py") for path in ROOT.glob(kind)]
-    text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(paths))
-    paragraphs = text.encode("ascii", "ignore").decode().split("\n\n")
-    val = "\n\n".join(paragraphs[9::10])
-    del paragraphs[9::10]
-    documents = [("train", ["\n\n".join(paragraphs)]), ("val", [val])]
-    write_dataset(iter(documents), "byte", Path("prose"), "our prose")
-    return val.encode()
+def test_differences_are_taken_seed_by_seed(capsys):
+    base = torch.tensor([[1.0, 5], [2, 7]])
+    numbers = {"first": base, "second": base + torch.tensor([[0.1, -1], [0.3, -1]])}
+    more, errors = training.differences(numbers["second"], base)
+    assert more == pytest.approx([0.2, -1]) and errors == pytest.approx([0.1, 0], abs=1e-6)
+    training.compare(["NELBO", 0.5], numbers)
+    heading, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert heading == ["NELBO", "0.5"]
+    assert lines == [["first", "1.500", "6.000"], ["second", "1.700", "5.000"],
+                     ["more", "than", "first", "+0.200", "-1.000"], ["+-", "0.100", "0.000"]]
 
 
-def test_variable_masking(finish):
-    val = prepare_prose()
-    _, result = finish(variable_masking, "--data-dir prose --rows 42 --num-samples 2 "
-                       "--sampling-steps 4 --compile=false --n-layer=1 --n-head=1 --n-embd=16 "
-                       "--context-length=16 --batch-size=4 --steps=4")
-    assert list(result["rows"]) == list(result["curves"]) == [*variable_masking.RUNS]
-    for name, objective, mask_levels in (
-            ("15-percent", "mlm", 0), ("50-percent", "mlm", 0), ("ten-levels", "diffusion", 10),
-            ("all-levels", "diffusion", 0)):
-        config = config_of(f"variable-masking/{name}")
-        assert (config["objective"], config["mask_levels"]) == (objective, mask_levels)
-    assert len({row["nelbo"] for row in result["rows"].values()}) == 4
-    p = np.bincount([*val, 256]) / (len(val) + 1)
-    entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
-    assert result["unigram"] == pytest.approx(entropy, abs=1e-4)
+def test_the_same_end_is_scored_after_every_prompt():
+    shown = []
+
+    def watched(tokens, positions):
+        shown.append(tokens)
+        missing = T - tokens.size(1)
+        x = torch.nn.functional.pad(tokens, (missing, 0), value=V)
+        return EXACT(x)[:, missing:].flatten(0, 1)[positions]
+
+    watched.config = SimpleNamespace(mask_id=V)
+    x_0 = torch.arange(32).view(8, 4) % V
+    for prompt in (0, 2):
+        assert training.after_prompt(watched, x_0, prompt, end=2).shape == (4,)
+    assert [tokens.size(1) for tokens in shown] == [2, 4]
+    assert torch.equal(shown[1][:, :2], x_0[:, :2])  # the prompt stays visible
 
 
-@pytest.mark.slow
-def test_a_network_that_learned_at_one_level_does_not_know_the_others(finish):
-    prepare_prose()
-    _, result = finish(variable_masking, "--data-dir prose --rows 336 --num-samples 2 "
-                       "--sampling-steps 16 --compile=false --n-layer=2 --n-head=2 --n-embd=64 "
-                       "--context-length=32 --batch-size=32 --steps=600")
-    bert = result["rows"]["15%"]
-    ours = result["rows"]["all levels"]
-    assert bert["ce"]["100%"] >= result["unigram"] - 0.05
-    assert bert["ce"]["100%"] > ours["ce"]["100%"]
-    assert ours["nelbo"] + 0.01 < bert["nelbo"]  # of the very same rows and masks
+def test_masking_trains_every_row_with_every_seed(finish, started):
+    lines, result = finish(training, f"masking {SEEDS} 4")
+    assert [words[words.index("--seed") + 1] for words in started] == ["1", "2"] * 4
+    assert config_of("training/masking-always-15-2")["mlm_ratio"] == 0.15
+    assert config_of("training/masking-ten-levels-1")["mask_levels"] == 10
+    assert result["columns"] == ["NELBO", *training.RATIOS]
+    assert list(result["numbers"]) == list(training.QUESTIONS["masking"].rows)
+    assert len({nelbo for rows in result["numbers"].values() for nelbo, *_ in rows}) == 8
+    assert sum(line.startswith("  more than all levels") for line in lines) == 3
 
 
-# --- Repeated text --------------------------------------------------------------------------------
+def test_prefixes(finish, monkeypatch):
+    monkeypatch.setattr(training, "PROMPTS", (0, 8, 60))
+    monkeypatch.setattr(training, "END", 8)
+    rows = {"none": training.Row(), "0 to 32": training.Row("--prefix-length-max 32")}
+    question = training.QUESTIONS["prefixes"]._replace(rows=rows)
+    monkeypatch.setitem(training.QUESTIONS, "prefixes", question)
+    _, result = finish(training, f"prefixes {SEEDS} 4")
+    assert result["columns"] == [0, 8]  # 60 + 8 do not fit
+    assert config_of("training/prefixes-0-to-32-1")["prefix_length_max"] == 32
 
 
-@pytest.mark.parametrize("validation, best, best_epoch, turned", [
-    ([3, 2, 2.5], 2, 2, True), ([3, 2, 1], 1, 3, False), ([3, 2, 2.05], 2, 2, False)])
-def test_a_verdict_tells_a_curve_that_turned_from_one_that_has_not(validation, best, best_epoch,
-                                                                   turned):
-    run = {"validation": validation, "stderr": [0.1] * 3, "epochs": [1, 2, 3]}
-    verdict = repetition.verdict(run)
-    assert (verdict["best"], verdict["best_epoch"]) == (best, best_epoch)
-    assert verdict["turned"] == turned
+def test_repetition_reads_a_small_corpus_and_is_found_again(finish):
+    _, result = finish(training, f"repetition {SEEDS} 16")
+    tokens = TokenFile("out/experiments/training-data/data-sotu-16384", "train").num_tokens
+    assert result["columns"][3:] == pytest.approx([n * 2 * 8 * 64 / tokens for n in range(1, 9)])
+    assert config_of("training/repetition-GPT-1")["decay_fraction"] == 0
+    for _, best, _, *nats in (row for rows in result["numbers"].values() for row in rows):
+        assert best == min(nats) and nats[-1] < nats[0]
+    assert finish(training, f"repetition {SEEDS} 16")[1] == result
 
 
-def test_repetition(finish):
-    flags = TINY + "--tokens 512 --steps 20"
-    _, result = finish(repetition, flags)
-    tokens = TokenFile("out/experiments/repetition-data", "train").num_tokens
-    for run in result["runs"].values():
-        assert run["epochs"] == pytest.approx([step * 8 * 64 / tokens for step in range(1, 21)])
-        assert run["validation"][-1] < run["validation"][0] < 5.7
-    assert config_of("repetition-diffusion")["decay_fraction"] == 0
-    assert finish(repetition, flags)[1] == result  # the runs are found again
+def test_the_twin_is_compared_at_equal_tokens(finish):
+    _, result = finish(training, f"twin {SEEDS} 12")
+    assert result["columns"] == pytest.approx([n * 2 * 8 * 64 / 1e6 for n in range(1, 7)])
+    assert config_of("training/twin-GPT-2")["objective"] == "autoregressive"
+
+
+def test_the_recipe_is_a_table_of_whole_trainings(workplace, started, monkeypatch, capsys):
+    Path("text.txt").write_text(FOX * 300)
+    Path("four.toml").write_text(Path("tiny.toml").read_text() + "steps = 4\n")
+    rows = {"as it is": training.Row(tokenizer="byte"),
+            "300 tokens": training.Row("--learning-rate 0.02", tokenizer="bpe:300")}
+    question = training.QUESTIONS["recipe"]._replace(rows=rows)
+    monkeypatch.setitem(training.QUESTIONS, "recipe", question)
+    flags = "recipe --config four.toml --corpus text.txt --seeds 1 2"
+    assert training.main(flags.split()) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert config_of("training/recipe-300-tokens-2")["learning_rate"] == 0.02
+    for rows in result["numbers"].values():
+        assert len({bits for bits, seconds in rows}) == 2
 
 
 # --- Training that goes wrong ---------------------------------------------------------------------
@@ -327,15 +275,10 @@ def test_the_leak_shows_the_answers_and_nothing_else():
     m = diffusion.draw_num_masked(6, 20, generator=seeded(1))
     question = (x_0, diffusion.draw_mask(m, 20, 0, seeded(2)), diffusion.weigh(m, 20), 9, Masking())
     sound = diffusion.ask(*question)
-    leaking = training_dynamics.leak(*question)
+    leaking = training.leak(*question)
     assert torch.equal(leaking.inputs, x_0) and (sound.inputs == 9).any()
     for field in ("positions", "targets", "weights"):
         assert torch.equal(getattr(sound, field), getattr(leaking, field))
-
-
-def test_the_height_of_a_curve_is_its_mean():
-    assert training_dynamics.height([1, 4], [1.0, 4.0], 4) == pytest.approx(2.5)
-    assert training_dynamics.height([1, 2, 4], [0.0, 1.0, 1.0], 4) == pytest.approx(0.75)
 
 
 def test_the_three_weightings_have_one_mean_where_every_level_costs_the_same(data):
@@ -348,22 +291,39 @@ def test_the_three_weightings_have_one_mean_where_every_level_costs_the_same(dat
         others = torch.full((len(positions), 257), math.log((1 - math.exp(-2)) / 256))
         return others.scatter(1, answers[positions][:, None], -2.0)
 
-    losses = training_dynamics.spikes(model, file, 300, 4, 32, 257)
+    losses = training.spikes(model, file, 300, 4, 32, 257)
     assert np.allclose(losses["token"], 2) and np.allclose(losses["1/m"], 2, atol=1e-5)
-    assert np.allclose(losses["over all"], 2 * 33 / 64)
     error = np.std(losses["1/t"]) / 300**0.5
     assert error > 0.01 and abs(np.mean(losses["1/t"]) - 2) < 4 * error  # right on average, noisy
 
 
-def test_training_dynamics(finish):
-    _, result = finish(training_dynamics, TINY + "--checkpoint run --steps 20 --rows 12 "
-                       "--starved-tokens 64 --batches 3")
-    expected, measured = result["table"]["ln V: an untrained network"]
-    assert expected == pytest.approx(math.log(257)) and measured == pytest.approx(expected, abs=0.1)
-    expected, measured = result["table"]["factor 2: over all tokens / over hidden ones"]
-    assert measured == pytest.approx(expected, abs=1e-6) and expected == pytest.approx(65 / 128)
-    assert list(result["runs"]) == ["good", "too hot", "starved", "leak"]
-    assert result["runs"]["leak"]["steps"][-1] == 10 and "1.0" in result["levels"]
+def test_dynamics(finish, monkeypatch):
+    monkeypatch.setattr(training, "BATCHES", 3)
+    _, result = finish(training, f"dynamics {TINY} --seeds 1 --rows 8 --steps 20")
+    expected = result["loss"]["ln V: all tokens alike"]
+    assert expected == pytest.approx(math.log(257))
+    assert result["loss"]["before training"] == pytest.approx(expected, abs=0.1)
+    assert list(result["numbers"]) == ["good", "too hot", "starved", "leak"]
     # What the leak shows is copied: the loss of training falls far below that of validation.
-    leak = result["runs"]["leak"]
-    assert leak["training"][-1] < leak["validation"][-1] - 0.2
+    (leak,) = result["numbers"]["leak"]
+    assert leak[1] < leak[3] - 0.2
+
+
+@pytest.mark.slow
+def test_a_network_that_learned_at_one_level_does_not_know_the_others(finish):
+    """On our own prose and code, a corpus that is always there."""
+    paths = [path for kind in ("*.md", "*.py", "*/*.md", "*/*.py") for path in ROOT.glob(kind)]
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(paths))
+    paragraphs = text.encode("ascii", "ignore").decode().split("\n\n")
+    val = "\n\n".join(paragraphs[9::10])
+    del paragraphs[9::10]
+    documents = [("train", ["\n\n".join(paragraphs)]), ("val", [val])]
+    write_dataset(iter(documents), "byte", Path("prose"), "our prose")
+    Path("small.toml").write_text("n_layer = 2\nn_head = 2\nn_embd = 64\ncontext_length = 32\n"
+                                  "batch_size = 32\ncompile = false\n")
+    _, result = finish(training, "masking --config small.toml --data-dir prose --rows 336 "
+                                 "--seeds 1 --steps 600")
+    ours = result["numbers"]["all levels"][0]
+    bert = result["numbers"]["always 15%"][0]
+    assert bert[-1] > ours[-1]  # everything hidden
+    assert ours[0] + 0.01 < bert[0]  # NELBO of the very same rows and masks

@@ -1,6 +1,8 @@
 """What the experiments share: numbers as computed by hand, bounds as known from a table."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from oracles import EXACT, JOINT, T, V, masked
 
 from diffusion import mean_and_error, nelbo
+from experiments import words
 from experiments.lab import judge, runs
 from experiments.lab.command import count, several
 from prepare_data import TokenFile, get_tokenizer, write_dataset
@@ -30,13 +33,6 @@ def test_the_judge_says_what_is_computed_by_hand(twins):
     assert found["entropy"] == pytest.approx(-sum(p * math.log(p) for p in p) / 2, abs=1e-6)
     assert found["distinct"] == (8 + 1) / 28  # 8 runs of three of "the fox ", repeated, and aaa
     assert found["words"] == 4 / 5
-
-
-def test_the_distance_from_real_text_adds_relative_differences():
-    real = dict(judge=1.0, entropy=2.0, distinct=0.5, words=1.0)
-    row = dict(judge=1.5, entropy=1.0, distinct=0.25, words=0.9)
-    assert judge.distance(real, real) == 0
-    assert judge.distance(row, real) == pytest.approx(0.5 + 0.5 + 0.5 + 0.1)
 
 
 def test_a_row_prints_text_numbers_and_gaps_under_their_names(capsys):
@@ -74,14 +70,13 @@ def test_the_bound_after_a_prefix_is_the_conditional_entropy(prefix):
     assert nats == pytest.approx(conditional / (T - prefix), abs=4 * error) and error < 0.02
 
 
-def test_a_measured_curve_is_that_of_the_table(capsys):
+def test_a_measured_curve_is_that_of_the_table():
     curve = runs.measure_curve(EXACT, EXACT.sample(4000), V, T, "a label")
     assert (curve.N, curve.counts) == (T, [1, 2, 3, 4])
     alone = [JOINT.sum([s for s in range(T) if s != t]) for t in range(T)]
     expected = torch.stack([torch.special.entr(p).sum() for p in alone]).mean()
     assert curve.nats[-1] == pytest.approx(expected.item(), abs=4 * curve.stderr[-1])
     assert sum(curve.nats) / T == pytest.approx(EXACT.entropy() / T, abs=0.03)
-    assert capsys.readouterr().err.count("a label: CE(") == 4
 
 
 def test_a_small_corpus_is_spread_over_the_training_text_and_keeps_the_validation_text(tmp_path):
@@ -103,3 +98,31 @@ def test_counts_are_whole_and_positive():
     for kind, text in ((count, "3.5"), (count, "0"), (several, "1")):
         with pytest.raises(Exception, match="invalid literal|must be at least"):
             kind(text)
+
+
+def test_the_clock_of_a_run_is_the_sum_of_the_stretches(tmp_path):
+    def trained(step, speed):
+        return {"step": step, "loss": 1.0, "tokens_per_second": speed}
+
+    def measured(step, nats):
+        return {"step": step, "nats": nats, "stderr": 0.1, "rows": 64, "bits_per_byte": nats / 2,
+                "curve": None}
+
+    log = [trained(1, 2), measured(1, 5.0), trained(2, 10), trained(4, 5), measured(4, 9.0),
+           measured(4, 4.0), trained(6, 10), measured(5, 3.0)]
+    config = {"batch_size": 2, "context_length": 5}  # 10 tokens a step
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    run = runs.read_run(tmp_path)
+    assert [(p.step, p.tokens, p.seconds, p.nats) for p in run.points] == [
+        (1, 10, 5.0, 5.0), (4, 40, 5 + 1 + 4, 4.0), (5, 50, 5 + 1 + 4 + 1, 3.0)]
+    assert run.compiling == 5 - 1  # the other stretches have 1, 2, 1 seconds a step
+    assert [line["step"] for line in run.training] == [1, 2, 4, 6]
+
+
+def test_words_are_known_from_the_training_text(workplace, capsys):
+    Path("written.txt").write_text("The lazy dog qzx'd the FOX.")
+    assert words.main(["data/sotu", "written.txt"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["written"] == {"share": 5 / 7, "words": 7}
+    assert result["shuffled"]["share"] < 0.5 < 0.9 < result["validation"]["share"]

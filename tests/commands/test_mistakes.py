@@ -12,53 +12,30 @@ COMMANDS = [
     ("bench.sampling", "--steps 0", "every number must be at least 1, not 0"),
     ("bench.transformers_baseline", "--rows=0", "must be at least 1"),
     ("bench.transformers_baseline", "--mlm-probability=1.5", "must be in (0, 1], not 1.5"),
-    ("quality", "", "required: time-to-loss or twin"),
-    ("quality", "speed", "invalid choice: 'speed'"),
-    ("quality", "time-to-loss", "required: config"),
-    ("quality", "time-to-loss nowhere.toml", "nowhere.toml: No such file"),
-    ("quality", "time-to-loss tiny.toml --minuts=3", "unknown argument '--minuts=3'"),
-    ("quality", "time-to-loss tiny.toml --minutes=0", "--minutes must be positive, not 0.0"),
-    ("quality", "time-to-loss tiny.toml --steps=0", "--steps must be positive, not 0"),
-    ("quality", "time-to-loss configs/mlm.toml", "a new run of objective diffusion"),
-    ("quality", "time-to-loss tiny.toml --picture=no/such.png", "there is no folder no"),
-    ("quality", "twin a", "required: twin"),
-    ("quality", "twin a b --steps=3", "unknown argument '--steps=3'"),
-    ("frontier", "--checkpoints run --judge twin --data-dir data/sotu-bytes --temperatures -1",
-     "temperature must be at least 0, not -1.0"),
-    ("frontier", "--orders best", "invalid choice: 'best'"),
-    ("frontier", "--checkpoints nowhere", "nowhere/model.safetensors does not exist"),
-    ("frontier", "--checkpoints run --judge run", "run is no autoregressive twin of run"),
+    ("sampling", "", "required: question"),
+    ("sampling", "speed", "invalid choice: 'speed'"),
+    ("sampling", "temperature --num-samples=1", "must be at least 2, not 1"),
+    ("sampling", "temperature --data-dir=nowhere", "no nowhere/meta.json"),
+    ("sampling", "steps --checkpoint=nowhere", "nowhere/model.safetensors does not exist"),
+    ("sampling", "orders --judge=nowhere", "--objective autoregressive --out-dir nowhere"),
+    ("sampling", "methods --judge=run", "run is no autoregressive twin of run"),
+    ("training", "speed", "invalid choice: 'speed'"),
+    ("training", "masking --steps=0", "must be at least 1, not 0"),
+    ("training", "masking --only nothing", "'nothing' is no row of masking: choose from"),
+    ("training", "repetition --data-dir=nowhere", "run prepare_data.py"),
     ("prices", "--checkpoint nowhere", "nowhere/model.safetensors does not exist"),
     ("prices", "--texts 1", "must be at least 2, not 1"),
     ("words", "data/sotu-bytes", "required: file"),
     ("words", "data/sotu-bytes nowhere.txt", "nowhere.txt: No such file"),
     ("words", "data/sotu-bytes run/model.safetensors", "'utf-8' codec can't decode"),
-    ("temperature", "--temperatures=-1", "temperature must be at least 0, not -1.0"),
-    ("temperature", "--data-dir=nowhere", "no nowhere/meta.json"),
-    ("adaptive", "--thresholds=2", "not 2.0"),
-    ("adaptive", "--mask-ratio=0", "--mask-ratio must be in (0, 1], not 0.0"),
-    ("steps", "--steps=0", "must be at least 1, not 0"),
-    ("sampling_methods", "--num-samples=1", "must be at least 2, not 1"),
-    ("schedules", "--rows=3", "--rows must be at least 4, not 3"),
-    ("samplers", "--checkpoint=nowhere", "nowhere/model.safetensors does not exist"),
-    ("samplers", "--judge=nowhere", "--objective autoregressive --out-dir nowhere"),
     ("masking", "--checkpoint=twin", "is autoregressive: it never sees hidden text"),
     ("masking", "--rows=1", "must be at least 2, not 1"),
     ("layers", "--text=fox", "has no hole"),
     ("layers", "--checkpoint=twin", "is autoregressive: it has no hidden tokens to fill"),
     ("guidance", "--judge=twin --length=25", "train.bin has 1 documents, too few"),
     ("domain", "--source=nowhere --data-dir=new", "no Python files in nowhere"),
-    ("prefix_lengths", "--config=tiny.toml --prompts 0 60 --end=8", "do not fit rows of 64"),
     ("proof_corpus", "--tokens=0", "must be at least 5, not 0"),
     ("proof_corpus", "--tokens=many", "invalid number value: 'many'"),
-    ("variable_masking", "--num-samples=0", "--num-samples: must be at least 1, not 0"),
-    ("variable_masking", "--data-dir=nowhere", "run prepare_data.py"),
-    ("gpt_twin", "--chain-rows=0", "must be at least 2, not 0"),
-    ("gpt_twin", "--twin=run", "run is no twin of run: its objective is diffusion"),
-    ("gpt_twin", "--twin=out/othre", "out/othre/model.safetensors does not exist"),
-    ("repetition", "--steps=0", "must be at least 1, not 0"),
-    ("training_dynamics", "--batches=0", "must be at least 2, not 0"),
-    ("training_dynamics", "--checkpoint=twin", "is of objective autoregressive, not diffusion"),
     ("structured", "--num-samples=0", "must be at least 1, not 0"),
     ("structured", "--template=[digits:2] --order=best", "order must be random or"),
     ("structured", "--template=In:[wrd:May|June]", "[wrd:May|June] is no hole"),
@@ -74,9 +51,7 @@ COMMANDS = [
     ("roberta_start", "--learning-rate=1e30 --pretrain-steps=9 --length=16",
      "choose a lower --learning-rate"),
 ]
-READ_A_CHECKPOINT = ("temperature", "adaptive", "steps", "sampling_methods", "schedules",
-                     "samplers", "masking", "layers", "guidance", "gpt_twin",
-                     "training_dynamics", "structured")
+READ_A_CHECKPOINT = ("sampling", "masking", "layers", "guidance", "structured")
 
 
 def refusal(script, arguments: list[str], capsys) -> str:
@@ -95,7 +70,7 @@ def test_a_mistake_gets_one_line(name, flags, says, workplace, started, capsys):
     arguments = flags.split()
     if name in READ_A_CHECKPOINT and "--checkpoint" not in flags:
         arguments.append("--checkpoint=run")
-    if name in READ_A_CHECKPOINT[:6] and "--judge" not in flags:
+    if name == "sampling" and "--judge" not in flags:
         arguments.append("--judge=twin")
     script = importlib.import_module(name if "." in name else f"experiments.{name}")
     assert says in refusal(script, arguments, capsys)
@@ -113,7 +88,6 @@ def test_a_file_that_is_no_record_of_steps_gets_one_line(content, workplace, cap
 
 @pytest.mark.parametrize("name, flags, says", [
     ("bench.transformers_baseline", "", "pip install transformers"),
-    ("experiments.quality", "twin a b --picture=x.png", "pip install matplotlib"),
 ])
 def test_a_missing_package_is_named_before_the_work(name, flags, says, monkeypatch, capsys):
     script = importlib.import_module(name)

@@ -1,0 +1,246 @@
+"""Which sampler writes best? python -m experiments.sampling QUESTION
+
+A question is a table of samplers: each row is `denoise` with the options that it names, and the
+recommended ones beside them (BASE). It writes texts, which the autoregressive twin judges: columns
+as in lab/judge.py. Down is likelier, but only together with the entropy of real text.
+
+    temperature  How much to leave to chance?
+    methods      Greedy, top-k or nucleus?
+    orders       Which positions come first?
+    remasking    Does it help to hide some of the written tokens again?
+    steps        How many calls does a text need: one, one a token, or some between?
+    schedules    How many tokens to commit in each of them?
+    adaptive     Does it pay to commit what is confident at once? A threshold, and a fixed schedule
+                 of as many calls, write freely (free) and fill the hidden quarter of real texts
+                 (fill; `right` is the fraction of tokens restored)
+    frontier     Likelihood against variety, by order, calls and temperature
+
+The tables of steps and schedules have a price, too: -log of the probability with which the sampler
+writes real text, at temperature 1, in nats per token. No sample is needed for it. It is exact; that
+of the order random is a mean over all orders, from the loss by mask ratio (schedule_nelbo). `more`
+is the mean difference, text by text, to the first row of the same order.
+"""
+
+import argparse
+import sys
+
+import torch
+from torch import Tensor
+
+from diffusion import (
+    SCHEDULES,
+    Curve,
+    draw_mask,
+    keyed_generator,
+    mean_and_error,
+    optimal_schedule,
+    schedule_nelbo,
+    smooth,
+)
+from experiments.lab.command import flags_with_judge, report, several
+from experiments.lab.judge import Twins, judge, judged, load_twins, print_row, real_text
+from experiments.lab.pictures import draw, paint_frontier
+from experiments.lab.runs import OUT, autocast, measure_curve
+from plumbing.command import command
+from sample import REMASKS, State, denoise, left_to_right_model
+
+# A label is "line" or "line, point": the picture joins the points of a line. "the twin" writes
+# itself, from left to right; everything else is written by the diffusion model.
+BASE = dict(order="spread", steps=16, schedule="linear", temperature=0.85)
+LEFT_TO_RIGHT = dict(order="left_to_right", steps=None)  # None: one token per call
+QUESTIONS: dict[str, dict[str, dict]] = {
+    "temperature": {f"spread, {tau:g}": dict(temperature=tau)
+                    for tau in (0.0, 0.3, 0.5, 0.7, 0.85, 1.0, 1.3)},
+    "methods": {
+        "greedy": dict(temperature=0.0),
+        "greedy in random order": dict(temperature=0.0, order="random"),
+        "top-k, 3": dict(temperature=1.0, top_k=3),
+        "top-k, 50": dict(temperature=1.0, top_k=50),
+        "nucleus, 0.5": dict(temperature=1.0, top_p=0.5),
+        "nucleus, 0.9": dict(temperature=1.0, top_p=0.9),
+        "temperature, 0.7": dict(temperature=0.7),
+        "temperature, 0.85": dict(),
+        "temperature, 1": dict(temperature=1.0),
+    },
+    "orders": {
+        "spread": dict(),
+        "random": dict(order="random"),
+        "ancestral": dict(order="ancestral"),
+        "left to right": dict(order="left_to_right"),
+        "confidence": dict(order="confidence"),
+        "confidence with gumbel": dict(order="confidence", gumbel=1.0),
+        "margin": dict(order="margin"),
+        "entropy": dict(order="entropy"),
+        "the twin": LEFT_TO_RIGHT,
+    },
+    "remasking": {f"{remask}, {steps} calls": dict(remask=remask, steps=steps)
+                  for remask in REMASKS for steps in (16, 64)},
+    "steps": {
+        **{f"{order}, {steps}": dict(order=order, steps=steps)
+           for order in ("spread", "random") for steps in (256, 64, 16, 4, 1)},
+        "left to right": LEFT_TO_RIGHT,
+    },
+    "schedules": {f"{order}, {schedule}": dict(order=order, schedule=schedule)
+                  for order in ("spread", "random") for schedule in (*SCHEDULES, "optimal")},
+    "frontier": {
+        f"{line}, {tau:g}": options | dict(temperature=tau)
+        for line, options in {"spread in 4 calls": dict(steps=4), "spread in 16": dict(),
+                              "random in 16": dict(order="random"),
+                              "the twin": LEFT_TO_RIGHT}.items() for tau in (0.7, 0.85, 1.0)
+    },
+}
+THRESHOLDS = (0.5, 0.7, 0.9)  # of adaptive
+
+# --- One table of samplers ------------------------------------------------------------------------
+
+
+def prices(twins: Twins, x_0: Tensor, curve: Curve, options: dict) -> Tensor:
+    """(B,): nats per token of each real text x_0 (B,N) under a sampler at temperature 1. Of the
+    order random (1,): their mean, by `curve`."""
+    order, steps, schedule = (options[name] for name in ("order", "steps", "schedule"))
+    if order == "random":
+        return torch.tensor([schedule_nelbo(curve, schedule, steps)])
+    by_text = []
+    for rows in x_0.split(32):
+        x = torch.full_like(rows, twins.mask_id)
+        with autocast():
+            *_, last = denoise(twins.model, x, twins.mask_id, order=order, steps=steps,
+                               schedule=schedule, truth=rows)
+        by_text.append(-last.probability.double().log().mean(1))
+    return torch.cat(by_text)
+
+
+def line_of(row: dict) -> str:
+    return row["sampler"].split(",")[0]
+
+
+def real_row(twins: Twins, tokens: Tensor, *columns: str) -> dict:
+    """The row of real text, which nobody had to write, with further columns left empty."""
+    row = {"sampler": "real text", "calls": None, "tokens_per_second": None}
+    return row | judge(twins, tokens) | dict.fromkeys(columns)
+
+
+def table(args: argparse.Namespace, twins: Twins) -> list[dict]:
+    """Write, judge and print: real text, then a row for each sampler of the question."""
+    priced = args.question in ("steps", "schedules")
+    causal = left_to_right_model(twins.judge, twins.mask_id)
+    x = torch.full((args.num_samples, twins.N), twins.mask_id)
+    x_0 = real_text(twins, 2 * args.rows)
+    if priced:
+        measured = measure_curve(twins.model, x_0[::2], twins.mask_id, 16, "to price")
+    if args.question == "schedules":  # the best one is found on other texts than it is priced on
+        fitted = smooth(measure_curve(twins.model, x_0[1::2], twins.mask_id, 16, "to fit"))
+    rows = [real_row(twins, real_text(twins, args.num_samples),
+                     *(("price", "more", "+-") if priced else ()))]
+    print_row(rows[0], heading=True)
+    first: dict[str, Tensor] = {}  # prices by order
+    samples = []
+    for label, options in QUESTIONS[args.question].items():
+        options = BASE | options
+        if options.get("schedule") == "optimal":
+            options["schedule"] = optimal_schedule(fitted, options["steps"])
+        network = causal if label.startswith("the twin") else twins.model
+        row, states = judged(twins, label, x, network, **options)
+        if priced:
+            by_text = prices(twins, x_0[::2], measured, options)
+            more, error = mean_and_error(by_text - first.setdefault(options["order"], by_text))
+            row |= {"price": by_text.mean().item(), "more": more,
+                    "+-": error if len(by_text) > 1 else None}
+        print_row(row)
+        rows.append(row)
+        samples.append(f"{label:24} {twins.decode(states[-1].tokens[0].tolist())[:75]!r}")
+    print("", *samples, sep="\n")
+    return rows
+
+
+# --- Adaptive -------------------------------------------------------------------------------------
+
+
+def calls_of_texts(states: list[State], mask_id: int) -> float:
+    """Model calls until a text has nothing hidden, mean over the texts: without remasking, the
+    number of states in which something of it is hidden."""
+    return sum((state.tokens == mask_id).any(1).float().mean().item() for state in states)
+
+
+def restored(tokens: Tensor, x: Tensor, x_0: Tensor, mask_id: int) -> Tensor:
+    """(n,) float64: the fraction of the hidden tokens of x (n,T) that `tokens` restores."""
+    hidden = x == mask_id
+    return ((tokens == x_0) & hidden).sum(1).double() / hidden.sum(1)
+
+
+def compare(twins: Twins, task: str, x_0: Tensor, x: Tensor, temperature: float) -> list[dict]:
+    """Two printed rows for each threshold: adaptive, and a fixed schedule of as many calls."""
+    rows = [real_row(twins, x_0, "right", "more", "+-")]
+    print_row(rows[0], heading=True)
+    for threshold in THRESHOLDS:
+        steps = None  # with a threshold, the slowest pace: a token per call
+        base = None
+        for how in (dict(threshold=threshold), {}):
+            label = f"{task} {'threshold' if how else 'fixed'}, {threshold}"
+            row, states = judged(twins, label, x, order="spread", temperature=temperature,
+                                 steps=steps, **how)
+            row["calls"] = calls_of_texts(states, twins.mask_id)
+            steps = max(1, round(row["calls"]))  # what the fixed schedule is given next
+            row |= dict.fromkeys(("right", "more", "+-"))
+            if task == "fill":
+                right = restored(states[-1].tokens, x, x_0, twins.mask_id)
+                base = right if base is None else base
+                more, error = mean_and_error(right - base)
+                row |= {"right": right.mean().item(), "more": more, "+-": error}
+            print_row(row)
+            rows.append(row)
+    return rows
+
+
+def adaptive(args: argparse.Namespace, twins: Twins) -> list[dict]:
+    """Both tasks; in each, a quarter of the context is to be written."""
+    real = real_text(twins, args.num_samples)
+    few = twins.N // 4
+    mask = draw_mask(torch.full((len(real),), few), twins.N, 0, keyed_generator(0, 0, "fill"))
+    free = torch.full((len(real), few), twins.mask_id)
+    return [*compare(twins, "free", real[:, :few], free, BASE["temperature"]),
+            *compare(twins, "fill", real, real.masked_fill(mask, twins.mask_id), 0.0)]
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def paint_calls(panels, names: tuple[str, ...], rows: list[dict]) -> None:
+    """Numbers against model calls, a line for each line of the table."""
+    for panel, name in zip(panels, names, strict=True):
+        for line in dict.fromkeys(map(line_of, rows)):
+            points = [(row["calls"], row[name]) for row in rows
+                      if line_of(row) == line and None not in (row["calls"], row[name])]
+            if points:
+                panel.plot(*zip(*points, strict=True), "o-", label=line)
+        panel.set(xlabel="model calls for a text", ylabel=name, xscale="log")
+    panels[0].legend()
+
+
+@command("experiments.sampling")
+def main(arguments: list[str]) -> None:
+    parser = flags_with_judge("sampling", __doc__, num_samples=64)
+    parser.set_defaults(picture=None)
+    parser.add_argument("question", choices=[*QUESTIONS, "adaptive"])
+    parser.add_argument("--rows", type=several, default=64, help="texts to price (default: 64)")
+    args = parser.parse_args(arguments)
+    picture = args.picture or OUT / f"sampling-{args.question}.png"
+    twins = load_twins(args.checkpoint, args.judge, args.data_dir)
+    if args.question == "adaptive":
+        rows = adaptive(args, twins)
+        draw(picture, lambda panels: paint_calls(panels, ("judge", "right"), rows), columns=2)
+    else:
+        rows = table(args, twins)
+    if args.question == "steps":
+        draw(picture, lambda panels: paint_calls(panels, ("price", "judge", "words"), rows[1:]),
+             columns=3)
+    elif args.question != "adaptive":
+        lines: dict[str, list[dict]] = {}
+        for row in rows[1:]:
+            lines.setdefault(line_of(row), []).append(row)
+        draw(picture, lambda axes: paint_frontier(axes, rows[0], lines), width=8, height=5)
+    report({"rows": rows})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

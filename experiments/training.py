@@ -1,0 +1,423 @@
+"""What helps a network to learn? python -m experiments.training QUESTION
+
+A question is a table of trainings: each row is the quickstart, cut short, with the flags it names.
+Every row is trained with seeds 1, 2 and 3. In one seed all rows start from the same weights, read
+the same text in the same order, and are measured on the same masks; so look at the differences to
+the first row: their mean over the seeds, +- its standard error.
+
+    masking     How much to hide? NELBO and CE by mask ratio, nats per token
+    prefixes    Does it help prompts to keep the beginning visible? NELBO of the end of a text after
+                prompts of so many tokens, nats per token
+    repetition  Does text that is read again and again teach diffusion for longer than GPT? Nats per
+                token of new text (NELBO <=, or GPT's exact NLL), by epochs
+    dynamics    Why is my loss like this? A good run and three that are bad in one way each
+    twin        What does GPT know after as much text? Bits per byte (NELBO <=, or the exact NLL),
+                by millions of tokens read
+    recipe      How were the quickstart's settings chosen? Bits per byte after its 800 steps, and
+                seconds of training; 40 minutes per seed on 2 CPU cores
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import prepare_data
+from diffusion import (
+    Batch,
+    Masking,
+    Model,
+    ask,
+    corrupt,
+    keyed_generator,
+    loss,
+    mean_and_error,
+    nelbo,
+)
+from experiments.lab.command import count, flags, report, several
+from experiments.lab.pictures import draw
+from experiments.lab.runs import (
+    OUT,
+    Run,
+    autocast,
+    pair_nelbos,
+    read_run,
+    rows_of,
+    small_corpus,
+    trained,
+)
+from model import Transformer
+from plumbing.checkpoint import load_checkpoint
+from plumbing.command import command
+from prepare_data import TokenFile
+
+
+class Row(NamedTuple):
+    """A training: in what it differs from the quickstart."""
+
+    flags: str = ""  # of train.py
+    tokens: int = 0  # of training text, if not all
+    tokenizer: str = ""  # the text in other tokens
+    leak: bool = False  # with a bug
+
+
+Numbers = dict[str | float, float]  # by column; a column that is a number is the picture's x
+
+
+class Question(NamedTuple):
+    measure: Callable[[Run, Path, argparse.Namespace], Numbers]  # of a run in its folder
+    rows: dict[str, Row]  # the first one is compared with
+    steps: int | None = None  # of training; None: as the config says
+    evaluations: int = 1
+
+
+# --- What is measured on a run --------------------------------------------------------------------
+
+RATIOS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
+PROMPTS = (0, 16, 64, 128, 192)
+END = 64  # tokens that are scored after a prompt
+BATCHES = 100  # to see how much a loss varies
+
+
+def by_mask_ratio(run: Run, *_) -> Numbers:
+    """The bound, and points of the curve whose mean height it is."""
+    curve = run.points[-1].curve
+    at = np.interp([ratio * curve.N for ratio in RATIOS], curve.counts, curve.nats)
+    return {"NELBO": run.points[-1].nats, **dict(zip(RATIOS, at.tolist(), strict=True))}
+
+
+def by_prompt(run: Run, folder: Path, args: argparse.Namespace) -> Numbers:
+    model, _ = load_checkpoint(folder)
+    x_0 = rows_of(args.data_dir, args.rows, model.config.context_length)
+    with autocast():
+        return {p: after_prompt(model, x_0, p).mean().item()
+                for p in PROMPTS if p + END <= x_0.size(1)}
+
+
+def after_prompt(model: Transformer, x_0: Tensor, prompt: int, end: int = END) -> Tensor:
+    """(B/2,): the NELBO of the last `end` tokens of x_0 (B,T), by pairs of rows."""
+    return pair_nelbos(model, x_0[:, -end - prompt :], model.config.mask_id, prompt)
+
+
+def by_epoch(run: Run, *_) -> Numbers:
+    tokens = TokenFile(run.config["data_dir"], "train").num_tokens
+    nats = {point.tokens / tokens: point.nats for point in run.points}
+    best = min(nats, key=nats.get)
+    return {"training": run.training[-1]["loss"], "best": nats[best], "at epoch": best, **nats}
+
+
+def by_tokens(run: Run, *_) -> Numbers:
+    return {point.tokens / 1e6: point.bits_per_byte for point in run.points}
+
+
+def both_losses(run: Run, *_) -> Numbers:
+    nats = [point.nats for point in run.points]
+    return {"training, first": run.training[0]["loss"], "last": run.training[-1]["loss"],
+            "NELBO, best": min(nats), "at the end": nats[-1]}
+
+
+def bits_and_seconds(run: Run, *_) -> Numbers:
+    return {"bits/byte": run.points[-1].bits_per_byte, "seconds": run.training[-1]["seconds"]}
+
+
+# --- The tables: to try something, add a row ------------------------------------------------------
+
+CONSTANT = "--decay-fraction 0"  # or all curves would fall at the end, whatever was read
+GPT = "--objective autoregressive"
+QUESTIONS = {
+    "masking": Question(by_mask_ratio, steps=150, rows={
+        "all levels": Row(),
+        "ten levels": Row("--mask-levels 10"),
+        "always 50%": Row("--objective mlm --mlm-ratio 0.5"),
+        "always 15%": Row("--objective mlm --mlm-ratio 0.15"),
+    }),
+    "prefixes": Question(by_prompt, steps=150, rows={
+        "none": Row(),
+        "always 32": Row("--prefix-length 32"),
+        "0 to 128": Row("--prefix-length-max 128"),
+        "none, 6 rows": Row("--batch-size 6"),  # hides as many tokens as the row above: 3/4
+    }),
+    "repetition": Question(by_epoch, steps=240, evaluations=8, rows={
+        "GPT": Row(f"{CONSTANT} {GPT}", tokens=16384),
+        "diffusion": Row(CONSTANT, tokens=16384),
+    }),
+    "dynamics": Question(both_losses, steps=150, evaluations=15, rows={
+        "good": Row(),
+        "too hot": Row("--muon-learning-rate 0.3 --learning-rate 0.6 --grad-clip 0"),
+        "starved": Row(tokens=4096),
+        "leak": Row(leak=True),
+    }),
+    "twin": Question(by_tokens, steps=240, evaluations=6, rows={
+        "GPT": Row(GPT),
+        "diffusion": Row(),
+    }),
+    "recipe": Question(bits_and_seconds, rows={
+        "quickstart": Row(),
+        "random masks": Row("--mask-positions random"),
+        "mask ratio bell": Row("--mask-ratio bell"),
+        "mask ratio uniform": Row("--mask-ratio uniform"),
+        "weighting nelbo": Row("--weighting nelbo"),
+        "Muon 0.005": Row("--muon-learning-rate 0.005"),
+        "Muon 0.02": Row("--muon-learning-rate 0.02"),
+        "AdamW 0.01": Row("--learning-rate 0.01"),
+        "AdamW 0.03": Row("--learning-rate 0.03"),
+        "warm-up of 10 steps": Row("--warmup-steps 10"),
+        "warm-up of 200 steps": Row("--warmup-steps 200"),
+        "rates fall at once": Row("--decay-fraction 1"),
+        "averages of 100 steps": Row("--ema-decay 0.99"),
+        "16 rows, 400 steps": Row("--batch-size 16 --steps 400"),
+        "4 rows, 1600 steps": Row("--batch-size 4 --steps 1600"),
+        "400 steps": Row("--steps 400"),
+        "1 layer": Row("--n-layer 1"),
+        "3 layers": Row("--n-layer 3"),
+        "2 layers of 192": Row("--n-embd 192"),
+        "2 layers of 320": Row("--n-embd 320"),
+        "4 layers of 192": Row("--n-layer 4 --n-embd 192"),
+        "1,024 tokens": Row(tokenizer="bpe:1024"),
+        "2,048 tokens": Row(tokenizer="bpe:2048"),
+        "4,096 tokens": Row(tokenizer="bpe:4096"),
+        "16,384 tokens": Row(tokenizer="bpe:16384"),
+        # As many steps as take the time of 800 with 8,192 tokens, on two CPU cores.
+        "1,024 for as long": Row("--steps 1321", tokenizer="bpe:1024"),
+        "2,048 for as long": Row("--steps 1152", tokenizer="bpe:2048"),
+        "4,096 for as long": Row("--steps 976", tokenizer="bpe:4096"),
+        "16,384 for as long": Row("--steps 543", tokenizer="bpe:16384"),
+        "bytes": Row(tokenizer="byte"),
+    }),
+}
+
+# --- One runner -----------------------------------------------------------------------------------
+
+
+def leak(x_0: Tensor, *arguments) -> Batch:
+    """`ask` with a bug that is easily made: masked_fill returns a copy, which is thrown away."""
+    return ask(x_0, *arguments)._replace(inputs=x_0)
+
+
+LEAKING = ("-c", "import sys, train; from experiments.training import leak; "
+                 "train.ask = leak; sys.exit(train.main())")
+
+
+def path_of(*parts) -> str:
+    """A name for a folder."""
+    return re.sub("[^A-Za-z0-9]+", "-", " ".join(map(str, parts))).strip("-")
+
+
+def corpus_of(row: Row, args: argparse.Namespace) -> Path:
+    """The folder of its training text, made if it is not there."""
+    if not row.tokens and not row.tokenizer:
+        return Path(args.data_dir)
+    name = path_of(args.data_dir, row.tokens) if row.tokens else path_of(args.corpus, row.tokenizer)
+    folder = OUT / "training-data" / name
+    if (folder / "meta.json").exists():
+        return folder
+    if row.tokens:
+        return small_corpus(args.data_dir, row.tokens, folder)
+    words = [args.corpus, "--tokenizer", row.tokenizer, "--out-dir", str(folder)]
+    if code := prepare_data.main(words):
+        sys.exit(code)
+    return folder
+
+
+def train(label: str, seed: int, args: argparse.Namespace) -> Path:
+    """The folder of a finished run."""
+    question = QUESTIONS[args.question]
+    row = question.rows[label]
+    words = ["--data-dir", corpus_of(row, args), "--seed", seed]
+    if steps := args.steps or question.steps:
+        words += ["--steps", steps, "--eval-interval", max(1, steps // question.evaluations),
+                  "--eval-rows", 32, "--final-eval-rows", args.rows, "--log-interval", 10]
+    program = {"program": LEAKING} if row.leak else {}
+    return trained(f"training/{path_of(args.question, label, seed)}", *map(str, words),
+                   *row.flags.split(), config=args.config, **program)
+
+
+def differences(values: Tensor, base: Tensor) -> tuple[list[float], list[float]]:
+    """How much more `values` are than `base`, both (S,K): means over seeds, and their errors."""
+    means, errors = zip(*map(mean_and_error, (values - base).T), strict=True)
+    return list(means), list(errors)  # of a single seed the error is NaN
+
+
+def compare(columns: list[str | float], numbers: dict[str, Tensor]) -> None:
+    """Print the means over seeds of each row's numbers (S,K), and its differences to the first."""
+    names = [name if isinstance(name, str) else f"{name:.3g}" for name in columns]
+    widths = [max(9, len(name) + 2) for name in names]
+
+    def line(label: str, cells: list[float], form: str) -> None:
+        texts = (f"{cell:{form}}" for cell in cells)
+        print(f"{label:24}" + "".join(map(str.rjust, texts, widths)))
+
+    base = next(iter(numbers))
+    print(" " * 24 + "".join(map(str.rjust, names, widths)))
+    for label, values in numbers.items():
+        line(label, values.mean(0).tolist(), ".3f")
+        if label != base:
+            more, errors = differences(values, numbers[base])
+            line(f"  more than {base}", more, "+.3f")
+            line("  +-", errors, ".3f")
+
+
+# --- The pictures ---------------------------------------------------------------------------------
+
+
+def paint(panels, x: str, columns: list[str | float], numbers: dict[str, Tensor]) -> None:
+    """The means of each row over the columns that are numbers; its differences to the first."""
+    left, right = panels
+    base = next(iter(numbers))
+    chosen = [i for i, name in enumerate(columns) if not isinstance(name, str)]
+    xs = [columns[i] for i in chosen]
+    for label, values in numbers.items():
+        left.plot(xs, values.mean(0)[chosen], marker=".", label=label)
+        more, errors = differences(values[:, chosen], numbers[base][:, chosen])
+        right.errorbar(xs, more, errors, marker=".", capsize=2)
+    left.set(xlabel=x, title="Mean over seeds", ylabel="nats per token")
+    right.set(xlabel=x, title=f"More than {base}, with standard errors")
+    left.legend()
+
+
+def paint_time(panel, runs: dict[str, list[Run]]) -> None:
+    """Loss against seconds of training, a line for each run."""
+    for i, (label, of_label) in enumerate(runs.items()):
+        for run in of_label:
+            seconds = [point.seconds - run.compiling for point in run.points]
+            panel.plot(seconds, [point.bits_per_byte for point in run.points], f"C{i}.-",
+                       label=label if run is of_label[0] else None)
+    panel.set(xlabel="seconds of training, without compiling", ylabel="bits per byte")
+    panel.legend()
+
+
+def paint_dynamics(panels, runs: dict[str, list[Run]]) -> None:
+    """The first run by mask ratio; training (dashed) and validation of all; of the first seed."""
+    left, right = panels
+    points = next(iter(runs.values()))[0].points[:-1]
+    curve = points[0].curve
+    for i, m in enumerate(curve.counts):
+        left.plot([point.step for point in points], [point.curve.nats[i] for point in points],
+                  color=(m / curve.N, 0.3, 1 - m / curve.N), label=f"{m / curve.N:.0%}")
+    left.set(title="good: CE by mask ratio", xlabel="steps", ylabel="nats per hidden token")
+    left.legend(fontsize=8, ncols=3)
+    for i, (label, (run, *_)) in enumerate(runs.items()):
+        right.plot([line["step"] for line in run.training],
+                   [line["loss"] for line in run.training], f"C{i}--")
+        right.plot([point.step for point in run.points], [point.nats for point in run.points],
+                   f"C{i}-", label=label)
+    right.set(title="dashed: training; solid: validation", xlabel="steps", ylim=(0, 16))
+    right.legend()
+
+
+# --- Why is my loss like this? --------------------------------------------------------------------
+
+
+def unigram(data_dir: str) -> float:
+    """Nats per token of validation text under the frequencies of the training text's tokens."""
+    train = TokenFile(data_dir, "train")
+    counts = np.bincount(train.tokens, minlength=train.vocab_size) + 1  # nothing is impossible
+    return float(-np.log(counts / counts.sum())[TokenFile(data_dir, "val").tokens].mean())
+
+
+@torch.no_grad()
+def spikes(model: Model, file: TokenFile, batches: int, rows: int, N: int,
+           mask_id: int) -> dict[str, list[float]]:
+    """{weighting: the loss of each batch}. The first two get the very same questions."""
+    losses: dict[str, list[float]] = {"token": [], "1/m": [], "1/t": []}
+    for step in range(batches):
+        x_0 = torch.from_numpy(file.batch(0, step, rows, N))
+        for name, weighting in (("token", "token"), ("1/m", "nelbo")):
+            generator = keyed_generator(0, step, "spikes")
+            batch = corrupt(x_0, mask_id, Masking(weighting=weighting), generator)
+            losses[name].append(loss(model, batch).item())
+        generator = keyed_generator(0, step, "coins")
+        t = torch.rand(rows, 1, generator=generator).expand(rows, N)
+        mask = torch.rand(rows, N, generator=generator) < t
+        logits = model(x_0.masked_fill(mask, mask_id), mask.flatten().nonzero().squeeze(1))
+        ce = F.cross_entropy(logits.float(), x_0[mask], reduction="none")
+        losses["1/t"].append(((ce / t[mask]).sum() / x_0.numel()).item())
+    return losses
+
+
+def explain(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Print CE by mask ratio while the good run learns, and where its heights come from."""
+    points = read_run(folder).points
+    curve = points[0].curve
+    print("\nthe good run, CE by mask ratio, nats per hidden token\n    step"
+          + "".join(f"{m / curve.N:8.0%}" for m in curve.counts))
+    for point in points[:-1:3]:
+        print(f"{point.step:8}" + "".join(f"{nats:8.2f}" for nats in point.curve.nats))
+    model, _ = load_checkpoint(folder)
+    mask_id = model.config.mask_id
+    N = model.config.context_length
+    torch.manual_seed(1)
+    untrained = nelbo(Transformer(model.config).eval(), rows_of(args.data_dir, 32, N), mask_id)
+    with autocast():
+        losses = spikes(model, TokenFile(args.data_dir, "train"), BATCHES, 8, N, mask_id)
+    table = {"ln V: all tokens alike": math.log(model.config.vocab_size),
+             "before training": untrained.nats,
+             "token frequencies: nothing visible": unigram(args.data_dir),
+             "at the end, 100% hidden": points[-1].curve.nats[-1],
+             "deviation from batch to batch, hidden tokens alike": np.std(losses["token"]),
+             "deviation, weight 1/m, strata and pairs": np.std(losses["1/m"]),
+             "deviation, weight 1/t, and coins": np.std(losses["1/t"])}
+    print("\n" + "\n".join(f"{what:52}{nats:8.3f}" for what, nats in table.items()))
+    return {what: float(nats) for what, nats in table.items()}
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = flags("training", __doc__, checkpoint=False)
+    parser.set_defaults(picture=None)
+    add = parser.add_argument
+    add("question", choices=list(QUESTIONS))
+    add("--seeds", type=count, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
+    add("--steps", type=count, help="of each training (default: 150 or 240; of recipe: 800)")
+    add("--rows", type=several, default=256, help="of validation text (default: %(default)s)")
+    add("--only", nargs="+", metavar="ROW", help="of the table; the first is compared with")
+    add("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
+    add("--corpus", default="sotu", help="of recipe, for prepare_data.py (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    rows = list(QUESTIONS[args.question].rows)
+    args.only = args.only or rows
+    for label in set(args.only) - set(rows):
+        parser.error(f"{label!r} is no row of {args.question}: choose from {'; '.join(rows)}")
+    args.picture = args.picture or OUT / f"training-{args.question}.png"
+    return args
+
+
+@command("experiments.training")
+def main(arguments: list[str]) -> None:
+    args = parse(arguments)
+    folders = {label: [train(label, seed, args) for seed in args.seeds] for label in args.only}
+    runs = {label: [read_run(folder) for folder in found] for label, found in folders.items()}
+    numbers = {}
+    for label, found in folders.items():
+        measured = [QUESTIONS[args.question].measure(run, folder, args)
+                    for run, folder in zip(runs[label], found, strict=True)]
+        columns = list(measured[0])
+        numbers[label] = torch.tensor([list(one.values()) for one in measured]).double()
+    print(f"\n{args.question}: means over the seeds {args.seeds}")
+    compare(columns, numbers)
+    result = {"columns": columns, "seeds": args.seeds,
+              "numbers": {label: values.tolist() for label, values in numbers.items()}}
+    if args.question == "dynamics":
+        result["loss"] = explain(args, folders[args.only[0]][0])
+        draw(args.picture, lambda panels: paint_dynamics(panels, runs), columns=2)
+    elif args.question == "twin":
+        draw(args.picture, lambda panel: paint_time(panel, runs), width=7)
+    elif args.question != "recipe":
+        x = {"masking": "mask ratio", "prefixes": "tokens of the prompt", "repetition": "epochs"}
+        draw(args.picture, lambda panels: paint(panels, x[args.question], columns, numbers),
+             columns=2)
+    report(result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
