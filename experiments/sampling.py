@@ -83,10 +83,11 @@ QUESTIONS: dict[str, dict[str, dict]] = {
     "schedules": {f"{order}, {schedule}": dict(order=order, schedule=schedule)
                   for order in ("spread", "random") for schedule in (*SCHEDULES, "optimal")},
     "frontier": {
-        f"{line}, {tau:g}": options | dict(temperature=tau)
-        for line, options in {"spread in 4 calls": dict(steps=4), "spread in 16": dict(),
-                              "random in 16": dict(order="random"),
-                              "the twin": LEFT_TO_RIGHT}.items() for tau in (0.7, 0.85, 1.0)
+        **{f"{order}, {steps} calls": dict(order=order, steps=steps)
+           for order in ("spread", "random") for steps in (4, 8, 16, 32, 64)},
+        **{f"spread in 16 calls, {tau:g}": dict(temperature=tau) for tau in (0.7, 0.85, 1.0)},
+        **{f"the twin, {tau:g}": LEFT_TO_RIGHT | dict(temperature=tau)
+           for tau in (0.7, 0.85, 1.0)},
     },
 }
 THRESHOLDS = (0.5, 0.7, 0.9)  # of adaptive
