@@ -6,8 +6,8 @@ These files come out, under their final names only when they are complete:
     meta.json             which tokenizer, how many tokens and bytes, where the text is from
     vocabulary.tiktoken   with --tokenizer bpe:4096: the tokens learned from the training text
 
-and `TokenFile` reads them: it serves the global batch of a training step. How the
-text gets here, by download or from your disk, is in plumbing/corpora.py.
+and `TokenFile` reads them: it serves the global batch of a training step. How the text gets here,
+by download or from your disk, is in plumbing/corpora.py.
 """
 
 import argparse
@@ -148,8 +148,8 @@ class TokenFile:
 
     @property
     def tokens(self) -> np.ndarray:
-        """All of them, (num_tokens,); training reads windows instead."""
-        return np.fromfile(self.path, self.dtype)
+        """All of them, (num_tokens,), memory-mapped: for statistics. Training reads windows."""
+        return np.memmap(self.path, self.dtype, mode="r")
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(rows, length) int64: the windows that begin at `starts`."""
@@ -161,7 +161,7 @@ class TokenFile:
         for start in starts:
             self.file.seek(int(start) * size)
             windows.append(self.file.read(length * size))
-        # A memory map would be a bus error here, if somebody has cut the file.
+        # Read through a memory map, a file that somebody has cut would be a bus error.
         if min(map(len, windows)) < length * size:
             raise DataError(f"{self.path} was cut short while in use: run prepare_data.py again")
         rows = np.frombuffer(b"".join(windows), self.dtype).reshape(-1, length)
