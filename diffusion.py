@@ -339,14 +339,14 @@ def nelbo(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0, seed:
 
 @torch.no_grad()
 def evaluate(model: Model, x_0: Tensor, mask_id: int, objective: str = "diffusion",
-             curve_points: int = 10, batch_size: int = 32) -> Bound:
+             prefix_length: int = 0, curve_points: int = 10, batch_size: int = 32) -> Bound:
     """What checkpoints are compared by, in nats per token: the NELBO, or GPT's exact NLL."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be {' or '.join(OBJECTIVES)}, not {objective!r}")
     if objective != "autoregressive":
-        return nelbo(model, x_0, mask_id, curve_points=curve_points, batch_size=batch_size)
-    everything = torch.ones_like(x_0, dtype=torch.bool)  # GPT predicts all T tokens
-    by_row = row_losses(model, shift_right(x_0, mask_id), x_0, everything, batch_size)
+        return nelbo(model, x_0, mask_id, prefix_length, 0, curve_points, batch_size)
+    predicted = (torch.arange(x_0.size(1), device=x_0.device) >= prefix_length).expand_as(x_0)
+    by_row = row_losses(model, shift_right(x_0, mask_id), x_0, predicted, batch_size)
     return Bound(*mean_and_error(by_row), None)
 
 

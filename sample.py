@@ -36,7 +36,7 @@ from plumbing.command import command
 from plumbing.config import check_knobs, knob, load
 from plumbing.given import options_for, score, starting_tokens
 from plumbing.machine import choose_device, choose_dtype, send
-from plumbing.terminal import DenoisingView
+from plumbing.terminal import DenoisingView, harmless
 from plumbing.text import token_texts
 from prepare_data import get_tokenizer
 
@@ -109,8 +109,8 @@ class Sampler:
     threshold: float | None = knob(None, "also commit what is more probable", low=1e-30, high=1)
     block_length: int | None = knob(None, "write blocks of so many tokens, left to right", low=1)
     temperature: float = knob(1.0, "below 1 safer, above 1 wilder, 0 greedy", low=0)
-    top_k: int | None = knob(None, "draw from the K most likely tokens", low=1)
-    top_p: float | None = knob(None, "draw from the nucleus of this mass", low=1e-30, high=1)
+    top_k: int | None = knob(None, "draw from the K most likely tokens (0: all)", low=0)
+    top_p: float | None = knob(None, "draw from the nucleus of this mass (1: all)", low=0, high=1)
     adjust: Adjust | None = None  # changes logits: guidance, constraints, penalties
     truth: Tensor | None = None  # (B,T): commit these tokens, draw none (for exact_nll)
 
@@ -128,7 +128,7 @@ class Command(Sampler):
     steps: int | None = knob(None, "model calls; none: 16, or with blocks one per token", low=1)
     order: str = knob("spread", "which are committed next", tuple(ORDERS))
     temperature: float = knob(0.85, "below 1 safer, above 1 wilder, 0 greedy", low=0)
-    exact: bool = knob(False, "random order, a call per token, temperature 1")
+    exact: bool = knob(False, "as the bound: random order, a call per token, temperature 1")
     checkpoint: str = knob("out/quickstart", "folder that train.py wrote")
     prefix: str | None = knob(None, "text to continue")
     text: str | None = knob(None, 'text with holes to fill: "The[MASK:5] of the Union"')
@@ -316,13 +316,13 @@ def draw_tokens(logits: Tensor, temperature: float = 1.0, top_k: int | None = No
     if temperature < 1e-6:  # greedy; dividing by so little could overflow
         return logits.argmax(1)
     p = (logits.float() / temperature).softmax(1)  # (P,V)
-    if top_k is not None and top_k < p.size(1):
+    if top_k and top_k < p.size(1):
         value, index = p.topk(top_k, dim=1)  # (P,top_k) each
         p = torch.zeros_like(p).scatter_(1, index, value)
     if top_p is not None and top_p < 1:
         value, index = p.sort(dim=1, descending=True)
         value /= value.sum(1, keepdim=True)
-        value[value.cumsum(1) - value >= top_p] = 0  # the more likely ones already reach top_p
+        value[:, 1:][(value.cumsum(1) - value)[:, 1:] >= top_p] = 0  # those before reach top_p
         p = torch.zeros_like(p).scatter_(1, index, value)
     if p.device.type == "mps":  # has no float64
         p = p.cpu()
@@ -391,7 +391,7 @@ def write(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Enco
     network = left_to_right_model(model, mask_id) if model.config.causal else model
     generator = Generator().manual_seed(cmd.seed)
     started = time.perf_counter()
-    states = denoise(network, x, mask_id, generator, **options_for(cmd, info, tokenizer))
+    states = denoise(network, x, mask_id, generator, **options_for(cmd, info, tokenizer, x))
     first = next(states)  # bad options are refused here, before a file is opened
     with DenoisingView(tokenizer, mask_id, cmd.whole, cmd.show_steps, cmd.jsonl) as view:
         for state in itertools.chain([first], states):
@@ -399,7 +399,7 @@ def write(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Enco
     seconds = time.perf_counter() - started
     if not cmd.show_steps:
         texts = [token_texts(ids, tokenizer, mask_id, cmd.whole) for ids in state.tokens.tolist()]
-        print("\n---\n".join("".join(text) for text in texts))
+        print(harmless("\n---\n".join("".join(text) for text in texts)))
     new = int((x == mask_id).sum())  # given tokens don't count
     print(f"{new} new tokens in {state.calls} model calls, {new / seconds:,.0f} tokens/s",
           file=sys.stderr)

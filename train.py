@@ -25,10 +25,10 @@ from diffusion import MASK_POSITIONS, MASK_RATIOS, OBJECTIVES, WEIGHTINGS, Maski
 from diffusion import ask, draw_mask, draw_num_maskable, draw_num_masked, weigh
 from diffusion import evaluate, keyed_generator, loss
 from model import ModelConfig, Transformer, optimizer_groups
-from plumbing.checkpoint import load_checkpoint
+from plumbing.checkpoint import load_checkpoint, shape_of_start
 from plumbing.command import command
 from plumbing.config import ConfigError, check_knobs, knob, load
-from plumbing.machine import Machine, can_compile, count_parameters, flops_per_token
+from plumbing.machine import Machine, compiled, count_parameters, flops_per_token
 from plumbing.machine import hand_over, keep_freed_memory
 from plumbing.muon import Muon
 from plumbing.run_folder import Run, RunFolder, StopSignals
@@ -117,13 +117,14 @@ def train(cfg: TrainConfig) -> int:
     folder = RunFolder(cfg, train_file, val_file, machine.master)  # log, checkpoints
     folder.open(run)  # resumes, if asked to
     if machine.master:
-        compiling = "; the first step compiles, for about a minute" if cfg.compile else ""
+        compiles = cfg.compile and run.step < folder.last_step
+        compiling = "; the first step compiles, for about a minute" if compiles else ""
         show(f"{count_parameters(model) / 1e6:.1f}M parameters on {machine}; step {run.step} of "
              f"{cfg.steps}{compiling}", stays=True)
-    with StopSignals() as signals:  # Ctrl-C finishes the step and saves
+    with StopSignals(run) as signals:  # Ctrl-C finishes the step and saves
         loop(cfg, machine, train_file, val_file, run, folder, signals)
-    if machine.master and run.step < cfg.steps:
-        show(f"stopped after step {run.step} of {cfg.steps}; --resume goes on", stays=True)
+    if machine.master:
+        show(folder.ending(run.step), stays=True)
     return signals.exit_code
 
 
@@ -133,11 +134,10 @@ def loop(cfg: TrainConfig, machine: Machine, train_file: TokenFile, val_file: To
     B, T, mask_id = cfg.batch_size, cfg.context_length, run.model.config.mask_id
     masking = cfg.masking()
     network = machine.join(run.model)  # itself, or wrapped for several processes
-    step_loss = torch.compile(loss) if cfg.compile and can_compile() else loss
-    last_step = min(cfg.steps, cfg.max_steps or cfg.steps)
+    step_loss = compiled(loss) if cfg.compile else loss
     run.start_clock()
     stopping = False
-    while run.step < last_step and not stopping:
+    while run.step < folder.last_step and not stopping:
         # Hide some tokens. Every process draws the masks of the whole batch: they are the same.
         x_0 = torch.from_numpy(train_file.batch(cfg.seed, run.step, B, T))  # (B,T) clean tokens
         generator = keyed_generator(cfg.seed, run.step, "mask")
@@ -175,7 +175,7 @@ def loop(cfg: TrainConfig, machine: Machine, train_file: TokenFile, val_file: To
         finished = run.step == cfg.steps  # the last step is always logged and measured
         logging = run.step % cfg.log_interval == 0 or finished
         measuring = run.step % cfg.eval_interval == 0 or finished
-        last = run.step == last_step
+        last = run.step == folder.last_step
         late = 0 if logging or measuring or last else machine.steps_late
         stopping = run.receive(late) or last  # all processes read the same numbers
         if logging:
@@ -203,12 +203,12 @@ def build_model(cfg: TrainConfig, train_file: TokenFile) -> Transformer:
     model = Transformer(config)
     if cfg.init_from:
         pretrained, info = load_checkpoint(cfg.init_from)
-        # Only the context may differ: rotary embeddings have no weights that depend on it.
-        if dataclasses.replace(pretrained.config, context_length=config.context_length) != config:
-            raise ConfigError(f"{cfg.init_from} is a {pretrained.config}, not a {config}")
         if info["tokenizer"] != train_file.tokenizer:  # its tokens would mean something else
             raise ConfigError(f"{cfg.init_from} has the vocabulary {info['tokenizer']}, "
                               f"{cfg.data_dir} {train_file.tokenizer}")
+        for name in ("n_layer", "n_head", "n_embd", "causal"):  # the context may be another
+            if (found := getattr(pretrained.config, name)) != getattr(config, name):
+                raise ConfigError(f"init_from has {name} {found}, not {getattr(config, name)}")
         model.load_state_dict(pretrained.state_dict())
     return model
 
@@ -251,7 +251,7 @@ def measure(cfg: TrainConfig, machine: Machine, run: Run, folder: RunFolder,
         x_0 = torch.from_numpy(val_file.spread(rows, cfg.context_length)).to(machine.device)
         with machine.autocast():
             bound = evaluate(run.ema_model, x_0, run.model.config.mask_id, cfg.objective,
-                             curve_points=30 if finished else 10, batch_size=machine.rows)
+                             cfg.prefix_length, 30 if finished else 10, machine.rows)
         # Nats per token depend on the tokenizer. Bits per byte can be compared.
         bits_per_byte = bound.nats * val_file.num_tokens / val_file.num_bytes / math.log(2)
         folder.log_evaluation(run.step, bound, bits_per_byte, len(x_0))
@@ -263,7 +263,7 @@ def main(arguments: list[str]) -> int:
     path = None
     if arguments and not arguments[0].startswith("-"):
         path, *arguments = arguments  # the TOML file comes first
-    return train(load(TrainConfig, path, arguments, "train.py", __doc__))
+    return train(load(TrainConfig, path, arguments, "train.py", __doc__, shape_of_start))
 
 
 if __name__ == "__main__":

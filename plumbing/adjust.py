@@ -24,10 +24,16 @@ def chain(adjusts: Sequence[Adjust]) -> Adjust:
     return adjust
 
 
-def ban(tokens: Sequence[int]) -> Adjust:
-    """These tokens are never written."""
+def ban(tokens: Sequence[int], before: int | None = None) -> Adjust:
+    """These tokens are never written; or only from the position `before` on."""
     banned = torch.tensor(tokens, dtype=torch.int64)
-    return lambda logits, x, positions: logits.index_fill(1, banned.to(logits.device), -math.inf)
+
+    def adjust(logits: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+        without = logits.index_fill(1, banned.to(logits.device), -math.inf)
+        early = positions % x.size(1) < (x.size(1) if before is None else before)  # (P,)
+        return without.where(early[:, None], logits)
+
+    return adjust
 
 
 def penalize_repetition(penalty: float) -> Adjust:

@@ -147,6 +147,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, info
 
 
+def shape_of_start(settings: dict) -> dict:
+    """What --init-from implies: the shape of its network."""
+    shape = load_checkpoint(settings["init_from"])[1]["model"] if settings.get("init_from") else {}
+    return {name: size for name, size in shape.items() if name not in ("vocab_size", "causal")}
+
+
 def load_checkpoint(
     folder: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[Transformer, dict]:

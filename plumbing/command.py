@@ -1,12 +1,15 @@
 """One place that turns errors into lines: every command of this repository ends here.
 
 Exit codes: 0 done; 2 a mistake of the user's, which has changed nothing; 1 a failure at run time (a
-full disk, a loss that is NaN, a lost process); 130 Ctrl-C. A bug keeps its traceback.
+full disk, a loss that is NaN, a lost process); 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP. If the reader
+of the output leaves, as `| head` does, the command ends quietly. A bug keeps its traceback.
 """
 
 import functools
 import sys
 from collections.abc import Callable
+
+from plumbing.terminal import open_screen, put
 
 
 class Mistake(Exception):
@@ -19,8 +22,13 @@ def command(prog: str, *mistakes: type[Exception]) -> Callable:
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
         def wrapped(arguments: list[str] | None = None) -> int:
+            open_screen()
             try:
-                return main(sys.argv[1:] if arguments is None else arguments) or 0
+                code = main(sys.argv[1:] if arguments is None else arguments) or 0
+                sys.stdout.flush()  # here one can still say so if that fails
+                return code
+            except BrokenPipeError:
+                return 0
             except (Mistake, *mistakes) as error:
                 code, message = 2, str(error)
             except (FloatingPointError, OSError) as error:  # diverged, disk full
@@ -31,7 +39,9 @@ def command(prog: str, *mistakes: type[Exception]) -> Callable:
                     raise
             except KeyboardInterrupt:
                 code, message = 130, "stopped"
-            print(f"{prog}: {message}", file=sys.stderr)
+            finally:
+                put("", end="")  # or Python would complain at exit about what it could not flush
+            put(f"{prog}: {message}", screen="stderr")
             return code
 
         return wrapped

@@ -12,6 +12,7 @@ import difflib
 import math
 import tomllib
 import types
+from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
 from typing import TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,6 +20,14 @@ from typing import TypeVar, Union, get_args, get_origin, get_type_hints
 from plumbing.command import Mistake
 
 Config = TypeVar("Config")
+
+
+# What nanoGPT has by another name, or alone.
+NANOGPT = dict(pair.split("=") for pair in """block_size=context_length max_iters=steps
+    lr=learning_rate warmup_iters=warmup_steps gradient_accumulation_steps=micro_batch_size
+    eval_iters=eval_rows dtype=precision dataset=data_dir out_dir=checkpoint init_from=checkpoint
+    start=prefix max_new_tokens=length min_lr= lr_decay_iters= decay_lr= dropout= bias= beta1=
+    beta2= eval_only= always_save_checkpoint= wandb_log= backend=""".split())
 
 
 class ConfigError(Mistake):
@@ -102,18 +111,28 @@ def add_flag(parser: Parser, field: dataclasses.Field, kind: type) -> None:
     parser.add_argument(*dict.fromkeys(names), dest=field.name, metavar="VALUE", help=text, **bare)
 
 
+def fix_for(name: str, knobs: dict, prog: str) -> str:
+    """What to write instead of an unknown name."""
+    known = [NANOGPT[name]] if name in NANOGPT else difflib.get_close_matches(name, knobs, 1, 0.7)
+    if known and known[0] in knobs:
+        return f"did you mean --{known[0].replace('_', '-')}?"
+    return f"{prog} has no {name}" if known else f"{prog} --help lists all"
+
+
 def load(config_class: type[Config], path: str | Path | None, flags: list[str] = (),
-         prog: str = "train.py", description: str | None = None) -> Config:
-    """The dataclass's defaults, overridden by the TOML file, overridden by the flags."""
+         prog: str = "train.py", description: str | None = None,
+         implied: Callable[[dict], dict] = lambda values: {}) -> Config:
+    """The dataclass's defaults, overridden by the TOML file, overridden by the flags.
+
+    implied: from what was said there, values for what was not.
+    """
     all_fields = dataclasses.fields(config_class)
     knobs = {field.name: field for field in all_fields if "help" in field.metadata}
     kinds = get_type_hints(config_class)
     values = {} if path is None else read_toml(path)
     for name in values:
         if name not in knobs:
-            near = difflib.get_close_matches(name, knobs, n=1)
-            fix = f"did you mean {near[0]!r}?" if near else f"{prog} --help lists all"
-            raise ConfigError(f"{path}: unknown key {name!r}; {fix}")
+            raise ConfigError(f"{path}: unknown key {name!r}; {fix_for(name, knobs, prog)}")
     parser = Parser(prog=prog, description=description, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,13 +141,11 @@ def load(config_class: type[Config], path: str | Path | None, flags: list[str] =
     given, unknown = parser.parse_known_args(flags)
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-        near = difflib.get_close_matches(name, knobs, n=1)
-        fix = f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists all"
-        raise ConfigError(f"unknown argument {unknown[0]!r}; {fix}")
+        raise ConfigError(f"unknown argument {unknown[0]!r}; {fix_for(name, knobs, prog)}")
     values |= vars(given)
     values = {name: convert(name, value, kinds[name]) for name, value in values.items()}
     try:
-        return config_class(**values)
+        return config_class(**implied(values) | values)
     except ValueError as error:  # the dataclass checks its own ranges
         raise ConfigError(str(error)) from None
     except TypeError as error:  # a field without default is missing

@@ -1,7 +1,6 @@
 """What sample.py is given: how to write, the text to continue or to fill, the file to score."""
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from diffusion import Bound, Curve, evaluate, optimal_schedule, smooth
 from model import Transformer
 from plumbing.adjust import ban, chain, penalize_repetition
-from plumbing.terminal import describe
+from plumbing.terminal import describe, put
 from plumbing.text import tokens_with_holes
 
 
@@ -33,8 +32,16 @@ def starting_tokens(cmd, model: Transformer, tokenizer: tiktoken.Encoding) -> Te
     return torch.tensor([ids] * cmd.num_samples, device=model.rotary.device)
 
 
-def options_for(cmd, info: dict, tokenizer: tiktoken.Encoding) -> dict:
-    """The options of `denoise`: what the user asked for, as far as this model can do it."""
+def options_for(cmd, info: dict, tokenizer: tiktoken.Encoding, x: Tensor) -> dict:
+    """The options of `denoise`: what the user asked for, as far as this model can do it, to fill
+    x (B,T), whose rows have the same holes."""
+    hidden = (x[0] == info["model"]["vocab_size"]).tolist()
+    tail = hidden[::-1].index(False) if False in hidden else len(hidden)  # the last hole
+    infilling = sum(hidden) > tail
+    autoregressive = info["config"]["objective"] == "autoregressive"
+    if infilling and autoregressive:
+        raise ValueError("an autoregressive model (GPT) does not see what follows a hole: "
+                         "end --text with its only hole")
     options = cmd.sampler_options()
     short = {"greedy": {"temperature": 0.0}, "topk": {"top_k": cmd.top_k or 50},
              "nucleus": {"top_p": cmd.top_p or 0.9}}
@@ -45,14 +52,16 @@ def options_for(cmd, info: dict, tokenizer: tiktoken.Encoding) -> dict:
         options["steps"] = cmd.steps or 16
     banned = [ban(tokenizer.encode_ordinary(cmd.ban))] if cmd.ban else []
     penalty = [penalize_repetition(cmd.repetition_penalty)] if cmd.repetition_penalty else []
+    if infilling:  # an end of the text would cut off what is given after it
+        banned.append(ban([tokenizer.eot_token], before=len(hidden) - tail))
     options["adjust"] = chain(banned + penalty)
-    if info["config"]["objective"] == "autoregressive":
-        print("note: an autoregressive model (GPT) writes left to right, one token per step, "
-              "whatever the other options say", file=sys.stderr)
+    if autoregressive:
+        put("note: an autoregressive model (GPT) writes left to right, one token per step, "
+            "whatever the other options say", screen="stderr")
         kept = ("temperature", "top_k", "top_p", "adjust")
         return {name: options[name] for name in kept} | {"order": "left_to_right"}
     if info["config"]["objective"] == "mlm":
-        print("note: BERT never learned to write a whole text: expect word salad", file=sys.stderr)
+        put("note: BERT never learned to write a whole text: expect word salad", screen="stderr")
     if cmd.schedule == "optimal":
         try:
             # The context length of the network, whatever the curve of the file claims.
@@ -85,8 +94,10 @@ def score(cmd, model: Transformer, info: dict, tokenizer: tiktoken.Encoding,
     num_bytes = len(tokenizer.decode_bytes(x_0.flatten().tolist()))
     bits_per_nat = x_0.numel() / math.log(2) / num_bytes
     print(describe(bound, bound.nats * bits_per_nat))
-    if objective == "diffusion" and not cmd.exact:  # else that is what was just printed
-        options = options_for(cmd, info, tokenizer)
+    if objective == "diffusion" and cmd.exact:
+        print("the sampler of --exact (random order, a call per token) costs at most that")
+    elif objective == "diffusion":
+        options = options_for(cmd, info, tokenizer, torch.full_like(x_0, mask_id))
         for name in ("temperature", "top_k", "top_p"):  # it is of temperature 1
             del options[name]
         try:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.config import ConfigError
+from plumbing.terminal import put
 
 
 def choose_device(name: str) -> torch.device:
@@ -54,9 +55,28 @@ def can_compile() -> bool:
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
     found = any(shutil.which(name) for name in compilers)
     if not found:
-        print("train.py: no C++ compiler found, so nothing is compiled; g++ would be faster",
-              file=sys.stderr)
+        put("train.py: no C++ compiler found, so nothing is compiled; g++ would be faster",
+            screen="stderr")
     return found
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile(function); or, with one warning, the function itself if that fails here: there
+    is no compiler, or the first call finds that it doesn't work."""
+    chosen = torch.compile(function) if can_compile() else function
+
+    def call(*arguments):
+        nonlocal chosen
+        try:
+            return chosen(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            lines = str(error).splitlines()
+            cause = next((line for line in lines if "error: " in line), lines[0])
+            put(f"train.py: torch.compile fails, so nothing is compiled: {cause}", screen="stderr")
+            chosen = function
+            return function(*arguments)
+
+    return call
 
 
 def keep_freed_memory() -> None:
@@ -160,8 +180,14 @@ class Machine:
         """cfg: a TrainConfig. ConfigError if the batch can't be shared out."""
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.precision, self.device)
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
+        world = os.environ.get("WORLD_SIZE", "1")
+        rank = os.environ.get("RANK", "0")
+        known = world == "1" or {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        if not (known and world.isdecimal() and rank.isdecimal() and int(rank) < int(world)):
+            raise ConfigError(f"WORLD_SIZE={world} and RANK={rank} are not all that torchrun sets "
+                              "in the environment: unset them, or start with torchrun")
+        self.world = int(world)
+        self.rank = int(rank)
         self.master = self.rank == 0
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # what stays in float32 may use TF32

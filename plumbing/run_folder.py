@@ -23,24 +23,38 @@ from model import Transformer
 from plumbing.checkpoint import CheckpointError, read_tensors, write_tensors
 from plumbing.config import ConfigError
 from plumbing.machine import fetch
+from plumbing.terminal import put
 from plumbing.vocabulary import copy_file
 
 # What may differ when a run goes on: where it runs and how long, not what it learns.
 FREE = ("data_dir", "out_dir", "resume", "init_from", "micro_batch_size", "device", "precision",
-        "compile", "max_steps", "max_minutes")
+        "compile", "log_interval", "eval_interval", "final_eval_rows", "max_steps", "max_minutes")
+# Ctrl-C, kill, and a terminal that is closed, which Windows tells nobody
+STOPS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
 class StopSignals:
-    """Within `with`, SIGINT and SIGTERM are noted: the run finishes its step, saves and stops."""
+    """Within `with`, signals to stop are noted: the run finishes its step, saves and stops.
+
+    It ends at once in its first step, which may compile for a minute and has nothing to save, and
+    at a second signal, for who can't wait.
+    """
+
+    def __init__(self, run: "Run"):
+        self.run = run
+        self.first_step = run.step
 
     def __enter__(self):
         self.received: list[int] = []
-        self.handlers = {number: signal.signal(number, self.note)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.signal(number, self.note) for number in STOPS
+                         if signal.getsignal(number) != signal.SIG_IGN}  # as nohup does
         return self
 
     def note(self, number: int, frame) -> None:
         self.received.append(number)
+        if self.run.step == self.first_step or len(self.received) > 1:
+            put("train.py: stopped", screen="stderr")
+            os._exit(self.exit_code)  # an exception could get lost in a callback of the compiler
 
     def __exit__(self, *_) -> None:
         for number, handler in self.handlers.items():
@@ -141,18 +155,29 @@ class RunFolder:
         self.tokenizer = train_file.tokenizer
         self.data = [train_file.sha256, val_file.sha256]
         self.master = master
+        self.last_step = min(cfg.steps, cfg.max_steps or cfg.steps)  # of this command
         self.evaluations: list[dict] = []  # of this step, until it is saved
 
     def open(self, run: Run) -> None:
         """Start a run, or go on where it stopped. ConfigError, CheckpointError if that can't be."""
         log_size = 0
+        there = {path.name for path in self.path.glob("*")}
+        if "state.safetensors" not in there and "state.safetensors.part" in there:
+            there -= {"model.safetensors"}  # from a kill between the first two files of a run
         if self.cfg.resume:
             log_size = self.resume(run)
-        elif any((self.path / name).exists() for name in ("state.safetensors", "state.pt")):
+        elif there & {"state.safetensors", "state.pt", "model.safetensors", "model.pt"}:
             raise ConfigError(f"{self.path} holds a run: continue it with --resume, or choose "
                               "another --out-dir")
-        if self.master:
+        if self.master and run.step < self.last_step:
             self.claim(log_size)
+
+    def ending(self, step: int) -> str:
+        """How far it came, and how it goes on."""
+        if step == self.cfg.steps:
+            return f"all {step} steps are done"
+        higher = " with a higher --max-steps" if step >= self.last_step else ""
+        return f"stopped after step {step} of {self.cfg.steps}; --resume{higher} goes on"
 
     def resume(self, run: Run) -> int:
         """Load the state of the run; the size that its log had."""
@@ -164,8 +189,9 @@ class RunFolder:
                     raise ConfigError(f"{path} was written by older code, which knew no {name}: "
                                       "go on with that code, or start with --init-from")
                 if name not in FREE and info["config"][name] != value:
+                    hint = "; to train on, --init-from it" if name == "steps" else ""
                     raise ConfigError(f"cannot resume with {name} {value!r}: the run has "
-                                      f"{info['config'][name]!r}")
+                                      f"{info['config'][name]!r}{hint}")
             network = dataclasses.asdict(run.model.config)
             if (info["model"], info["tokenizer"]) != (network, self.tokenizer):
                 raise ConfigError(f"cannot resume on {self.cfg.data_dir}: the run has another "
@@ -228,6 +254,7 @@ class RunFolder:
         # Until the first evaluation any model is better than none.
         if run.best == math.inf or nats < run.best:
             run.best = nats
+            (self.path / "state.safetensors.part").touch()  # see `open`
             write_tensors(self.path / "model.safetensors", run.ema_model.state_dict(), info)
         os.fsync(self.log_file.fileno())
         info["best"] = run.best if run.best < math.inf else None

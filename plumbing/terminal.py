@@ -2,12 +2,29 @@
 
 import json
 import os
+import re
 import sys
 import time
 
 import tiktoken
 
 from plumbing.text import token_texts
+
+
+def open_screen() -> None:
+    """Nothing that is printed later may fail for where it goes: closed by >&-, or not in UTF-8."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's hasn't
+        sys.stdout.reconfigure(errors="replace")  # "?" for what its encoding lacks
+
+
+def put(text: str, end: str = "\n", screen: str = "stdout") -> None:
+    """Print now. If the reader or the terminal is gone, the work goes on without a screen."""
+    try:
+        print(text, end=end, file=getattr(sys, screen), flush=True)
+    except OSError:
+        setattr(sys, screen, open(os.devnull, "w"))
 
 
 class Progress:
@@ -32,13 +49,13 @@ class Progress:
         left = f", {max(0, self.total - self.done) / speed:.0f} s left" if self.total else ""
         line = (f"{self.label}: {self.done / self.scale:.0f} {self.unit} at "
                 f"{speed / self.scale:.1f} {self.unit}/s{left}")
-        print(f"\r{line}\033[K", end="\r", file=sys.stderr, flush=True)
+        put(f"\r{line}\033[K", end="\r", screen="stderr")
 
 
 def show(text: str, stays: bool = False) -> None:
     """A line of progress, rewritten in place on a terminal; with `stays`, one that is kept."""
     start, end = ("\r\033[K", "\n" if stays else "") if sys.stdout.isatty() else ("", "\n")
-    print(start + text, end=end, flush=True)
+    put(start + text, end)
 
 
 def describe(bound, bits_per_byte: float) -> str:
@@ -59,6 +76,15 @@ def describe(bound, bits_per_byte: float) -> str:
 
 HIDDEN = "\N{LIGHT SHADE}"
 REMASKED = "\N{DARK SHADE}"
+# Control characters but newline, tab and CR LF; and those that turn the direction of writing.
+DRIVING = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
+
+
+def harmless(text: str) -> str:
+    """What to print: on a terminal, what could drive it is spelled out; files get the text."""
+    if not sys.stdout.isatty():
+        return text
+    return DRIVING.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def draw_position(text: str | None, before: int, now: int, probability: float, color: bool) -> str:
@@ -70,6 +96,7 @@ def draw_position(text: str | None, before: int, now: int, probability: float, c
         style = "30;42"
     else:
         style = f"38;5;{240 + int(15 * probability)}" if probability < 1 else "0"
+    text = harmless(text)
     return f"\033[{style}m{text}\033[0m" if color else text
 
 

@@ -21,18 +21,12 @@ def tokens_with_holes(text: str, tokenizer: tiktoken.Encoding, mask_id: int) -> 
     return ids
 
 
-def harmless(character: str) -> str:
-    """The character itself, spelled out if it could drive the terminal."""
-    plain = character.isprintable() or character in "\n\t"
-    return character if plain else f"\\x{ord(character):02x}"
-
-
 def token_texts(ids: list[int], tokenizer: tiktoken.Encoding, mask_id: int,
                 whole: bool) -> list[str | None]:
     """What each token adds to the text, None where hidden; up to the end-of-text token or `whole`.
 
-    A character of several tokens comes with the last of them. What a model writes must not drive
-    the terminal: control characters are spelled out.
+    A character of several tokens comes with the last of them. It is the text itself, as a file
+    should have it: before a terminal shows it, `terminal.harmless` spells out what could drive it.
     """
     if tokenizer.eot_token in ids and not whole:
         ids = ids[: ids.index(tokenizer.eot_token)]
@@ -43,6 +37,5 @@ def token_texts(ids: list[int], tokenizer: tiktoken.Encoding, mask_id: int,
         if token != mask_id:
             given = tokenizer.decode_single_token_bytes(token)
             text = decoder.decode(given, final=following == mask_id)
-            text = "".join(map(harmless, text))
         texts.append(text)
     return texts

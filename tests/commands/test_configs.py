@@ -72,7 +72,7 @@ def test_help_shows_the_choices_and_the_defaults(capsys):
 
 
 @pytest.mark.parametrize("config_class, given, says", [
-    (TrainConfig, "learning_rat = 1", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+    (TrainConfig, "learning_rat = 1", "unknown key 'learning_rat'; did you mean --learning-rate?"),
     (TrainConfig, "zzz = 1", "run.toml: unknown key 'zzz'; x.py --help lists all"),
     (TrainConfig, "steps = 'many'", "steps must be int, not 'many'"),
     (TrainConfig, "steps = 1.5", "steps must be int, not 1.5"),
@@ -89,7 +89,18 @@ def test_help_shows_the_choices_and_the_defaults(capsys):
     (TrainConfig, "steps = " + "9" * 9999, "run.toml is not TOML"),
     (Options, "adjust = 1", "run.toml: unknown key 'adjust'"),
     (Options, ["--step", "1"], "unknown argument '--step'; did you mean --steps?"),
-    (Options, ["--zzz", "1"], "unknown argument '--zzz'; --help lists all"),
+    (Options, ["--zzz", "1"], "unknown argument '--zzz'; x.py --help lists all"),
+    (TrainConfig, ["--block_size=64"], "did you mean --context-length?"),
+    (TrainConfig, ["--max_iters=9"], "did you mean --steps?"),
+    (TrainConfig, ["--lr=1e-3"], "did you mean --learning-rate?"),
+    (TrainConfig, ["--dtype=bfloat16"], "did you mean --precision?"),
+    (TrainConfig, ["--dropout=0.1"], "unknown argument '--dropout=0.1'; x.py has no dropout"),
+    (TrainConfig, ["--min_lr=0"], "x.py has no min_lr"),
+    (TrainConfig, "gradient_accumulation_steps = 4", "did you mean --micro-batch-size?"),
+    (Command, ["--max_new_tokens=9"], "did you mean --length?"),
+    (Command, ["--start=a"], "did you mean --prefix?"),
+    (Command, ["--out_dir=a"], "did you mean --checkpoint?"),
+    (Command, ["--dtype=bfloat16"], "x.py has no dtype"),
     (Options, ["--adjust=1"], "unknown argument '--adjust=1'"),
     (Options, ["stray"], "unknown argument 'stray'"),
     (Options, ["--steps", "few"], "steps must be int, not 'few'"),

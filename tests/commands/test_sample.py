@@ -1,9 +1,11 @@
 """Writing: what is given stays, what is asked for is written, and a mistake gets one line."""
 
+import io
 import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,10 +59,11 @@ def test_every_kind_of_model_continues_fills_holes_and_obeys_a_ban(write, object
     calls = 20 if objective == "autoregressive" else 16
     assert re.search(rf"^20 new tokens in {calls} model calls, [\d,]+ tokens/s$", numbers, re.M)
     assert ("note:" in numbers) == (objective != "diffusion")
-    text, _ = write("--text 'é [MASK:3] and[MASK] end' --whole --top-p 0.9", objective=objective)
-    assert text.startswith("é ") and text.endswith(" end\n") and " and" in text
+    holes = "é[MASK:3]" if objective == "autoregressive" else "é [MASK:3] and[MASK] end"
+    text, _ = write(f"--text '{holes}' --whole --top-p 0.9", objective=objective)
+    assert text.startswith("é") and all(part in text for part in re.split(r"\[.*?\]", holes))
     text, _ = write("--length 60 --temperature 0.5 --ban 'aeiou '", objective=objective)
-    assert not set("aeiou ") & set(re.sub(r"\\x[0-9a-f]{2}", "", text))  # \x1f: a control character
+    assert not set("aeiou ") & set(text)
 
 
 @pytest.mark.parametrize("options, calls", [
@@ -130,8 +133,8 @@ def test_score_of_a_sampler_without_an_exact_price_is_the_bound(write, data, tmp
     exact, _ = write(f"--score {tmp_path}/text.txt --exact")
     for how in ("--order random", "--remask conf"):
         text, _ = write(f"--score {tmp_path}/text.txt {how}")
-        assert "no exact price: chance" in text and text.startswith(exact.split("\n  from")[0])
-    assert "temperature 1" not in exact
+        assert "no exact price: chance" in text and text.startswith(exact.split("\nthe sampler")[0])
+    assert "temperature 1" not in exact and "the sampler of --exact" in exact
 
 
 def test_optimal_needs_a_measured_curve_except_for_a_twin(write, checkpoints):
@@ -142,6 +145,106 @@ def test_optimal_needs_a_measured_curve_except_for_a_twin(write, checkpoints):
     write_tensors(path, tensors, info | {"evaluation": None})
     _, error = write("--schedule optimal --length 5", objective="unmeasured", code=2)
     assert "needs a checkpoint that was evaluated" in error
+
+
+@pytest.mark.parametrize("off, plain", [
+    ("--temperature 0 --top-p 1", "--temperature 0"), ("--top-k 0", ""), ("--top-p 1.0", ""),
+    ("--top-p 1e-46", "--temperature 0"), ("--top-p 0", "--temperature 0"),  # only the first token
+    ("--temperature 1e-38", "--temperature 0"), ("--repetition-penalty 1", ""),
+])
+def test_what_switches_off_elsewhere_does_so_here_and_extremes_are_greedy(write, off, plain):
+    assert write("--length 12", off)[0] == write("--length 12", plain)[0]
+
+
+def test_a_text_does_not_end_before_what_is_given(write, monkeypatch):
+    given = "--text 'a[MASK:9]b[MASK:9]c[MASK:3]'"
+    monkeypatch.setattr(sample, "load_checkpoint", ending_everywhere)
+    assert re.fullmatch(r"a[^\n]*b[^\n]*c\n", write(given)[0].replace("\r", ""))
+    assert write("--length 9")[0] == "\n"  # which it otherwise does
+
+
+def ending_everywhere(folder, device):
+    """A network that writes end-of-text wherever it may, and x otherwise."""
+    model, info = load_checkpoint(folder, device)
+    logits = torch.full((257,), -50.0).index_fill(0, torch.tensor(256), 50.0)
+    logits[ord("x")] = 0
+    model.forward = lambda tokens, positions: logits.expand(len(positions), -1)
+    return model, info
+
+
+def test_gpt_refuses_what_is_given_to_the_right_of_a_hole(write):
+    text, error = write("--text 'a[MASK]b'", objective="autoregressive", code=2)
+    assert text == "" and error.count("\n") == 1 and "does not see what follows a hole" in error
+
+
+# ---- where it is written -------------------------------------------------------------------------
+
+STRANGE = ["\u3000日本", "one\u00a0two", "a\u200cb", "👨\u200d👩\u200d👧", "co\u00adop",
+           "\U0001fae9", "a\r\nb", "\ufeff", "\u2028", "שלום\u200f"]
+DRIVING = ["\x1b[2J", "\x07", "\x7f", "\x9b2J", "\u202eevil", "\u2066", "\x08", "a\rb"]
+
+
+@pytest.mark.parametrize("given", [*STRANGE, *DRIVING], ids=ascii)
+def test_a_file_gets_the_text_as_it_was_given(write, tmp_path, given):
+    path = tmp_path / "steps.jsonl"
+    text, _ = write("--steps 1 --whole --jsonl", str(path), "--text", shlex.quote(given + "[MASK]"))
+    assert text.startswith(given)
+    last = json.loads(path.read_text().splitlines()[-1])
+    assert "".join(last["texts"][0]).startswith(given)
+
+
+@pytest.mark.parametrize("view", ["", "--show-steps"])
+@pytest.mark.parametrize("given", [*STRANGE, *DRIVING], ids=ascii)
+def test_a_terminal_gets_what_could_drive_it_spelled_out(write, monkeypatch, given, view):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    text, _ = write("--steps 1 --whole", view, "--text", shlex.quote(given + "[MASK]"))
+    last = text.split("\033[H\033[J")[-1]  # the view moves the cursor itself
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", last.replace(
+        "\r\n", ""))
+    assert given in DRIVING or view or given in last
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_what_a_screen_cannot_show_becomes_a_question_mark(write, monkeypatch, encoding):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", screen)
+    write("--text 'שלום[MASK:2]' --show-steps --whole")
+    shown = screen.buffer.getvalue().decode(encoding)
+    assert ("שלום░░" if encoding == "utf-8" else "??????") in shown
+
+
+class Gone(io.StringIO):
+    """A stdout whose reader has left, or whose terminal is closed."""
+
+    def __init__(self, error: OSError):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("screen, code, says", [
+    (None, 0, ""), (Gone(BrokenPipeError()), 0, ""),
+    (Gone(OSError(28, "No space left on device")), 1, "sample.py: [Errno 28] No space left"),
+], ids=str)
+def test_a_screen_that_is_gone_gets_no_traceback(write, monkeypatch, screen, code, says):
+    monkeypatch.setattr(sys, "stdout", screen)
+    _, error = write("--length 9", code=code)
+    assert says in error.replace("9 new tokens", "") and "Traceback" not in error
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("screen", ["| head -1", "2>&1 | head -1", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_real_screen_that_goes_away_is_no_error(checkpoints, screen, unbuffered):
+    flags = f"--checkpoint {checkpoints}/diffusion --num-samples 2000 --length 60 --steps 1"
+    command = f"set -o pipefail; {sys.executable} {sample.__file__} {flags} {screen}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True,
+                            env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert result.returncode == 0
+    assert "rror" not in result.stderr and "Exception" not in result.stderr
 
 
 # ---- the view and the record ---------------------------------------------------------------------
@@ -205,12 +308,12 @@ def test_the_view_marks_what_happened_at_each_position():
     assert plain == ["░", "▓", "x", "x"]
 
 
-def test_tokens_are_shown_whole_safely_and_up_to_the_end_of_text():
+def test_tokens_are_shown_whole_and_up_to_the_end_of_text():
     clock = list("⏰".encode())
     for ids, whole, texts in (
         ([*clock, 65], True, ["", "", "⏰", "A"]),
         ([clock[0], 257, 65], True, ["\N{REPLACEMENT CHARACTER}", None, "A"]),
-        ([27, 7, 13, 10], True, ["\\x1b", "\\x07", "\\x0d", "\n"]),
+        ([27, 7, 13, 10], True, ["\x1b", "\x07", "\r", "\n"]),  # a terminal gets them spelled out
         ([65, 256, 66], True, ["A", "<|endoftext|>", "B"]),
         ([65, 256, 66], False, ["A"]),
     ):
@@ -232,8 +335,9 @@ def test_tokens_are_shown_whole_safely_and_up_to_the_end_of_text():
     ("--text [MASK:0]", "nothing is hidden"),
     ("--text a[MASK:9999999999999999]", "tokens are too many"),
     ("--text a[MASK] --prefix b", "drop --prefix and --length"),
-    ("--top-k -1", "top_k must be at least 1, not -1"),
-    ("--top-p 0", "top_p must be at least 1e-30, not 0.0"),
+    (f"--prefix {'x' * 70}", "70 tokens are too many: the model's context is 64"),
+    ("--top-k -1", "top_k must be at least 0, not -1"),
+    ("--top-p -1", "top_p must be at least 0, not -1.0"),
     ("--threshold 1.5", "threshold must be from 1e-30 to 1, not 1.5"),
     ("--temperature -1", "temperature must be at least 0, not -1.0"),
     ("--exact --steps 9", "--exact leaves no choice: drop --steps"),

@@ -1,5 +1,6 @@
 """Training: resuming, processes and evaluation change nothing, and a mistake gets one line."""
 
+import io
 import json
 import math
 import os
@@ -14,11 +15,11 @@ import torch
 from tiny_runs import TINY, everything, flags, log, run, state
 
 import train
-from diffusion import Bound, Curve
+from diffusion import Bound, Curve, evaluate
 from plumbing.checkpoint import load_checkpoint, read_tensors
 from plumbing.machine import Machine
 from plumbing.muon import Muon
-from prepare_data import write_dataset
+from prepare_data import TokenFile, write_dataset
 
 TRAIN = str(Path(train.__file__))
 
@@ -107,7 +108,35 @@ def test_without_a_compiler_it_trains_with_one_warning(data, tmp_path, monkeypat
     assert capsys.readouterr().err == warning
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("said", [
+    "No working C++ compiler found", "C++ compile error\n\nx.cpp:1: fatal error: Python.h: No"])
+def test_a_compiler_that_does_not_work_is_one_warning(data, tmp_path, monkeypatch, capsys, said):
+    def broken(function):
+        def call(*arguments):
+            raise torch._dynamo.exc.TorchDynamoException(said)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    run(data, tmp_path / "out", compile=True, steps=2)
+    errors = capsys.readouterr().err
+    assert errors.startswith("train.py: torch.compile fails, so nothing is compiled: ")
+    assert errors.count("\n") == 1 and said.splitlines()[-1] in errors
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "/bin/false", "/bin/cat"])
+def test_a_real_compiler_that_does_not_work_is_one_warning(data, tmp_path, compiler):
+    env = os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "a cache")}
+    command = [sys.executable, TRAIN, *flags(data, tmp_path / "out", compile=True, steps=2)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("train.py: torch.compile fails, so nothing is compiled: ")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130),
+                                          (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(data, tmp_path, monkeypatch, capsys,
                                                                 number, code, steps_late):
     average = train.average
@@ -118,12 +147,107 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(data, tmp_path, 
         return average(*arguments)
 
     monkeypatch.setattr(train, "average", interrupted)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # if the tests run under nohup
     assert train.main(flags(data, tmp_path / "out")) == code
     printed = capsys.readouterr()
     assert f"stopped after step {5 + steps_late} of 12" in printed.out
     assert "--resume" in printed.out
     assert printed.err == ""
     assert read_tensors(tmp_path / "out/state.safetensors")[1]["step"] == 5 + steps_late
+
+
+def test_nohup_is_obeyed(data, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(train, "report", lambda *rest: signal.raise_signal(signal.SIGHUP))
+        run(data, tmp_path / "out", steps=4)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class Exit(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("steps", [[0], [4, 4]], ids=str)
+def test_in_the_first_step_and_the_second_time_a_signal_ends_the_run_at_once(
+        data, tmp_path, monkeypatch, capsys, steps):
+    def leave(code):
+        raise Exit(code)
+
+    def interrupted(*arguments):
+        for _ in range(steps.count(arguments[-1])):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(train, "average", interrupted)
+    with pytest.raises(Exit, match="130"):
+        train.main(flags(data, tmp_path / "out"))
+    assert capsys.readouterr().err == "train.py: stopped\n"
+    assert not (tmp_path / "out/state.safetensors").exists()
+
+
+def test_a_run_goes_on_without_its_screen(data, tmp_path, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError  # or EIO, of a terminal that was closed
+
+    for name, screen in (("closed", None), ("left", Gone())):
+        monkeypatch.setattr(sys, "stdout", screen)
+        run(data, tmp_path / name)
+        assert read_tensors(tmp_path / name / "state.safetensors")[1]["step"] == 12
+
+
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "two"},
+    {"WORLD_SIZE": ""}, {"RANK": "-1"}, {"WORLD_SIZE": "0"},
+], ids=str)
+def test_what_another_launcher_left_in_the_environment_is_one_line(data, tmp_path, monkeypatch,
+                                                                   capsys, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(flags(data, tmp_path / "out")) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("train.py: WORLD_SIZE=") and errors.count("\n") == 1
+    assert "unset them, or start with torchrun" in errors and not (tmp_path / "out").exists()
+
+
+def test_an_ended_run_says_so_and_changes_nothing(data, tmp_path, capsys):
+    out = run(data, tmp_path / "out", max_steps=3)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    for _ in range(2):
+        capsys.readouterr()
+        run(data, out, max_steps=3, resume=True)
+        assert "after step 3 of 12; --resume with a higher --max-steps" in capsys.readouterr().out
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    run(data, out, resume=True)
+    assert capsys.readouterr().out.endswith("all 12 steps are done\n")
+
+
+def test_what_changes_nothing_that_is_learned_may_change_on_resuming(data, tmp_path):
+    whole = run(data, tmp_path / "whole")
+    parts = run(data, tmp_path / "parts", max_steps=6)
+    run(data, parts, resume=True, log_interval=1, eval_interval=3, final_eval_rows=4)
+    assert everything(parts)[0] == everything(whole)[0]
+
+
+def test_validation_leaves_out_the_prefix_that_is_never_hidden(data, tmp_path):
+    for objective in ("diffusion", "autoregressive"):
+        out = run(data, tmp_path / objective, objective=objective, prefix_length=20, steps=1)
+        model, info = load_checkpoint(out)
+        x_0 = torch.from_numpy(TokenFile(data, "val").spread(16, 32))
+        bound = evaluate(model, x_0, 257, objective, prefix_length=20, curve_points=30)
+        assert info["evaluation"]["nats"] == pytest.approx(bound.nats, abs=1e-5)
+        assert objective == "autoregressive" or bound.curve.N == 12
+
+
+def test_a_network_to_start_from_brings_its_shape(data, tmp_path):
+    first = run(data, tmp_path / "first", n_layer=1, n_embd=16, n_head=1, context_length=16)
+    short = [f"--{name}={value}" for name, value in TINY.items()
+             if name not in ("n_layer", "n_embd", "n_head", "context_length")]
+    assert train.main([*short, f"--data-dir={data}", f"--init-from={first}",
+                       f"--out-dir={tmp_path}/second"]) == 0
+    assert load_checkpoint(tmp_path / "second")[0].config == load_checkpoint(first)[0].config
 
 
 def test_a_run_that_fails_gives_the_signals_back(data, tmp_path, monkeypatch):
@@ -214,6 +338,8 @@ def desk(data, tmp_path_factory) -> Path:
     meta = desk / "words/meta.json"
     meta.write_text(meta.read_text().replace('"byte"', '"words"'))
     run(data, desk / "begun", max_steps=3)
+    (desk / "alone").mkdir()
+    shutil.copy(desk / "begun/model.safetensors", desk / "alone")
     settings = TINY | {"data_dir": "data", "out_dir": "out"}
     lines = (f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
     (desk / "tiny.toml").write_text("".join(lines))
@@ -232,9 +358,14 @@ def desk(data, tmp_path_factory) -> Path:
     ("--stepz 3", "unknown argument '--stepz'; did you mean --steps?"),
     ("--resume", "out/state.safetensors does not exist"),
     ("--init-from nowhere", "nowhere/model.safetensors does not exist"),
-    ("--init-from begun --n-embd 64", "not a ModelConfig"),
+    ("--init-from begun --n-embd 64", "init_from has n_embd 32, not 64"),
+    ("--init-from begun --objective autoregressive", "init_from has causal False, not True"),
     ("--init-from begun --data-dir words", "begun has the vocabulary byte, words words"),
     ("--out-dir begun", "begun holds a run: continue it with --resume, or choose another"),
+    ("--out-dir alone", "alone holds a run: continue it with --resume, or choose another"),
+    ("--out-dir begun --resume --steps 99", "the run has 12; to train on, --init-from it"),
+    ("--out-dir begun --resume --eval-rows 9", "cannot resume with eval_rows 9: the run has 8"),
+    ("--block_size 9", "did you mean --context-length?"),
     ("--out-dir begun --resume --learning-rate 0.5",
      "cannot resume with learning_rate 0.5: the run has 0.01"),
     ("--out-dir begun --resume --data-dir words", "the run has another vocabulary"),

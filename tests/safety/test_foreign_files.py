@@ -12,6 +12,7 @@ import random
 import re
 import sys
 import types
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ from plumbing import checkpoint
 from plumbing.checkpoint import CheckpointError, load_checkpoint, read_tensors, write_tensors
 from plumbing.config import ConfigError, load
 from plumbing.corpora import hugging_face
-from plumbing.terminal import token_texts
+from plumbing.terminal import harmless
+from plumbing.text import token_texts
 from prepare_data import DataError, TokenFile, get_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -482,7 +484,10 @@ def test_a_template_of_the_structured_experiment_too():
 @given(st.lists(st.integers(0, 257), max_size=40), st.booleans())
 def test_what_a_model_writes_cannot_drive_the_terminal(ids, whole):
     text = "".join(piece or "" for piece in token_texts(ids, BYTE, 257, whole))
-    assert all(c.isprintable() or c in "\n\t" for c in text)
+    with unittest.mock.patch("sys.stdout.isatty", lambda: True):
+        shown = harmless(text)
+    assert all(c.isprintable() or c in "\r\n\t" or c > "\x9f" for c in shown)
+    assert not re.search("\r(?!\n)|[\u202a-\u202e\u2066-\u2069]", shown)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
