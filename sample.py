@@ -35,7 +35,7 @@ from plumbing.checkpoint import CheckpointError, load_checkpoint
 from plumbing.command import command
 from plumbing.config import check_knobs, knob, load
 from plumbing.given import options_for, score, starting_tokens
-from plumbing.machine import choose_device, choose_dtype, send
+from plumbing.machine import choose_device, choose_dtype, keep_freed_memory, send
 from plumbing.terminal import DenoisingView, harmless
 from plumbing.text import token_texts
 from prepare_data import get_tokenizer
@@ -408,6 +408,7 @@ def write(cmd: Command, model: Transformer, info: dict, tokenizer: tiktoken.Enco
 @command("sample.py", ValueError)  # of options that don't suit the model
 def main(arguments: list[str]) -> None:
     cmd = load(Command, None, arguments, "sample.py", __doc__)
+    keep_freed_memory()  # makes a CPU faster
     model, info = load_checkpoint(cmd.checkpoint, choose_device(cmd.device))
     tokenizer = get_tokenizer(info["tokenizer"], cmd.checkpoint)
     if tokenizer.n_vocab != model.config.vocab_size:
