@@ -33,11 +33,11 @@ LIMITS = {
     "train.py": 270,
     "sample.py": 440,
     "prepare_data.py": 250,
-    "plumbing/": 1740,
+    "plumbing/": 1780,
     NANO: 160,
 }
 READING_PATH_LIMIT = 1550
-CORE_LIMIT = 3290
+CORE_LIMIT = 3330
 
 # Of ours, what a file may import: by its name, or by that of the folder it is in.
 MAY_IMPORT = {

@@ -147,7 +147,7 @@ def test_a_second_run_is_refused_and_disturbs_nothing(data, tmp_path, capsys, re
     changes = dict(steps=10**6, eval_interval=6 if resume else 10**6)
     process = Run(command(data, out_dir, **changes))
     assert happens(lambda: num_lines(out_dir) > 20)
-    assert train.main(command(data, out_dir, resume=resume, max_steps=1, **changes)) == 2
+    assert train.main(command(data, out_dir, resume=resume, max_minutes=0, **changes)) == 2
     assert one_line(capsys.readouterr().err, "another run", "log.jsonl")
     process.terminate()
     assert process.end() == (143, "")
