@@ -560,8 +560,8 @@ def test_a_repeated_token_has_its_odds_divided_by_the_penalty(mask_id):
     ("remask", 0.5), ("remask", "ancestral"), ("threshold", 0), ("threshold", -0.2),
     ("threshold", 1.5), ("threshold", math.nan), ("block_length", 0), ("block_length", -4),
     ("gumbel", -1.0), ("gumbel", math.nan), ("gumbel", math.inf), ("gumbel", 1.0),  # random order
-    ("temperature", -0.5), ("temperature", math.nan), ("temperature", math.inf), ("top_p", 0),
-    ("top_p", 1.5), ("top_p", -0.1), ("top_p", math.nan), ("top_k", 0), ("top_k", -2)])
+    ("temperature", -0.5), ("temperature", math.nan), ("temperature", math.inf), ("top_p", -1),
+    ("top_p", 1.5), ("top_p", -0.1), ("top_p", math.nan), ("top_k", -1), ("top_k", -2)])
 def test_a_bad_option_is_refused_by_name_before_the_model_is_called(name, value):
     model = Recorder(EXACT)
     with pytest.raises(ValueError, match=name) as error:
