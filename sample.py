@@ -156,8 +156,8 @@ class Command(Sampler):
                 raise ValueError(f"--exact leaves no choice: drop --{field.name.replace('_', '-')}")
         if self.schedule == "optimal" and self.block_length:
             raise ValueError("--schedule optimal is for whole texts: drop --block-length")
-        if self.jsonl and not Path(self.jsonl).parent.is_dir():
-            raise ValueError(f"--jsonl {self.jsonl}: there is no such folder")
+        if self.jsonl and (Path(self.jsonl).is_dir() or not Path(self.jsonl).parent.is_dir()):
+            raise ValueError(f"--jsonl {self.jsonl}: name a file in a folder that exists")
 
     def sampler_options(self) -> dict:
         return {field.name: getattr(self, field.name) for field in fields(Sampler)}

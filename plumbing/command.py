@@ -52,7 +52,7 @@ def command(prog: str, *mistakes: type[Exception]) -> Callable:
 def explain(error: Exception) -> str | None:
     """One line for a failure of the machine; None for what can only be a bug."""
     if isinstance(error, MemoryError) or "alloc" in str(error) or "out of memory" in str(error):
-        return f"out of memory: try a smaller batch, as with --micro-batch-size ({error!r:.200})"
+        return f"out of memory: try fewer rows: --micro-batch-size, --num-samples ({error!r:.200})"
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_initialized():
         return f"a process of this run was lost, go on with --resume ({error!r:.200})"

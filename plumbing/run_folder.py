@@ -161,6 +161,8 @@ class RunFolder:
     def open(self, run: Run) -> None:
         """Start a run, or go on where it stopped. ConfigError, CheckpointError if that can't be."""
         log_size = 0
+        if not self.cfg.out_dir or self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"out_dir must name a folder, not {self.cfg.out_dir!r}")
         there = {path.name for path in self.path.glob("*")}
         if "state.safetensors" not in there and "state.safetensors.part" in there:
             there -= {"model.safetensors"}  # from a kill between the first two files of a run

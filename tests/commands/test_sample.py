@@ -350,7 +350,8 @@ def test_tokens_are_shown_whole_and_up_to_the_end_of_text():
     ("--block-length 2 --steps 3 --length 20", "steps must be at least 10, one per block, not 3"),
     ("--repetition-penalty 0", "repetition_penalty must be at least 1e-06, not 0.0"),
     ("--score nowhere.txt", "--score nowhere.txt: No such file"),
-    ("--jsonl no/such/steps.jsonl", "--jsonl no/such/steps.jsonl: there is no such folder"),
+    ("--jsonl no/such/steps.jsonl", "--jsonl no/such/steps.jsonl: name a file in a folder"),
+    ("--jsonl .", "--jsonl .: name a file in a folder that exists"),
     ("--device cuda", "device cuda is not available here"),
     ("--device mps", "device mps is not available here"),
 ], ids=lambda text: text[:40])

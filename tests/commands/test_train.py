@@ -362,6 +362,8 @@ def desk(data, tmp_path_factory) -> Path:
     ("--init-from begun --objective autoregressive", "init_from has causal False, not True"),
     ("--init-from begun --data-dir words", "begun has the vocabulary byte, words words"),
     ("--out-dir begun", "begun holds a run: continue it with --resume, or choose another"),
+    ("--out-dir tiny.toml", "out_dir must name a folder, not 'tiny.toml'"),
+    ("--out-dir=", "out_dir must name a folder, not ''"),
     ("--out-dir alone", "alone holds a run: continue it with --resume, or choose another"),
     ("--out-dir begun --resume --steps 99", "the run has 12; to train on, --init-from it"),
     ("--out-dir begun --resume --eval-rows 9", "cannot resume with eval_rows 9: the run has 8"),
