@@ -35,17 +35,17 @@ Draw a number m, hide any m letters: that is all the noise there is. Here is one
 %% def show
 %%
 from matplotlib import pyplot as plt
-def page(lines, colours):
+def page(lines, colours, ylabel):
     figure, axes = plt.subplots(figsize=(13, len(lines) / 4), dpi=75)
-    axes.set(facecolor="silver", xticks=[])
-    axes.imshow(colours, aspect="auto", cmap="turbo", alpha=0.45)
+    axes.set(facecolor="silver", xticks=[], ylabel=ylabel)
+    axes.imshow(colours, aspect="auto", cmap="turbo", alpha=0.45, vmin=0, vmax=16)
     for y, line in enumerate(lines):
         for x, letter in enumerate(line.replace("░", " ")):
             axes.text(x, y, letter, ha="center", va="center", family="monospace", size=10)
 m = torch.tensor([0, 10, 48, T])
 hidden = torch.rand(4, T).argsort(1) < m[:, None]
 x = train[:T].long().masked_fill(hidden, MASK)
-page([show(row) for row in x], torch.where(hidden, math.nan, 0.5))
+page([show(row) for row in x], torch.where(hidden, math.nan, 8), "m")
 plt.yticks(range(4), m.tolist());
 ## The network
 You know the parts: embeddings, attention, MLPs. **The one difference to GPT: no causal mask.** GPT
@@ -69,13 +69,17 @@ plt.gca().set(xlabel="step", ylabel="bits per hidden letter", ylim=(0, 8.2));
 CE(m) is the loss with m letters hidden. Write a text letter by letter, in an order drawn by lot:
 the first costs CE(96), the next CE(95), the last CE(1). So a letter costs the *mean height of this
 curve*. It bounds -log p from above: all orders lead to the text, and I count just one. That is all
-there is to the NELBO. `bound` measures it without the curve, with one m for each row.
+there is to the NELBO. `bound` measures it without the curve, with one m for each row; the curve
+below is that of fewer rows, so its mean is a little off.
 %% def bound
 %% rows = ... print(f"its
 %%
 few = rows[torch.randperm(len(rows))[:128]]
-with torch.no_grad():
-    ce = [guess(model, few, torch.full((len(few),), m)).mean() for m in range(1, T + 1)]
+ce = []
+for m in range(1, T + 1):
+    x = few.repeat(1 + 16 // m, 1)  # one hidden letter says little: ask again, with another
+    with torch.no_grad():
+        ce.append(guess(model, x, torch.full((len(x),), m)).mean())
 ce = torch.stack(ce) / math.log(2)  # (T,) bits; of m letters: ce[m - 1]
 plt.figure(figsize=(9, 3.2), dpi=75)
 plt.stairs(ce, range(T + 1), fill=True, alpha=0.4)
@@ -97,6 +101,8 @@ for axes, S in zip(panels, (4, 8, 16)):
     axes.stairs(paid, range(T + 1), baseline=ce.numpy(), fill=True, color="red", alpha=0.5)
     haste = paid.mean() - ce.mean()
     axes.set(title=f"{S} steps: {paid.mean():.2f} bits, {haste:.2f} of it haste", xlim=(T, 0))
+figure.supxlabel("m, letters still hidden →", size=10)
+panels[0].set_ylabel("bits per letter");
 ## Write
 From grey boxes to letters in 16 steps; the colour says in which step a letter came. Underneath, the
 same with a step for each letter. It will not pass a code review, but it had only a minute.
@@ -104,7 +110,8 @@ same with a step for each letter. It will not pass a code review, but it had onl
 %%
 lines = list(write(model, steps=16))
 came = [next(i for i, line in enumerate(lines) if line[t : t + 1] != "░") for t in range(T)]
-page(lines, [[c if c <= i else math.nan for c in came] for i in range(len(lines))])
+page(lines, [[c if c <= i else math.nan for c in came] for i in range(len(lines))], "step")
+plt.show()
 print("\n----\n".join(list(write(model, steps=T))[-1].replace("↵", "\n") for _ in range(3)))
 ## Try this
 1. What do 2 steps cost, what does 1? Then let steps be unequal: which 8 step sizes are cheapest?
@@ -152,7 +159,8 @@ def main(arguments: list[str]) -> None:
     import nbformat
 
     notebook = nbformat.from_dict(build())
-    nbclient.NotebookClient(notebook, timeout=None, record_timing=False).execute()
+    nbclient.NotebookClient(notebook, timeout=None, record_timing=False,
+                            coalesce_streams=True).execute()
     path = ROOT / "docs/nano.ipynb"
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} KB")
