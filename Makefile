@@ -1,6 +1,7 @@
 # make sample       install, and write four texts with the model in pretrained/, in under a minute
 # make quickstart   install, fetch a corpus, train, write: 2 minutes on 2 CPU cores with bfloat16
 # make experiments  the learning guide's experiments: docs/guide.md
+# make notebook     docs/nano.ipynb again, after a change of nano.py or its story in notebook.py
 # make twin         what they begin with: their packages, the quickstart's model, and its twin GPT
 # make test         prove everything that is quick to prove
 # make test-slow    prove the rest
@@ -13,7 +14,7 @@ BIN = .venv/bin
 # Linux: large pages for large tensors, with which a CPU trains up to 10% faster
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: sample quickstart experiments twin test test-slow test-reliability gpu test-oldest lint clean
+.PHONY: sample quickstart experiments notebook twin test test-slow test-reliability gpu test-oldest lint clean
 
 sample: .venv/installed
 	$(BIN)/python sample.py --checkpoint pretrained --num-samples 4
@@ -34,6 +35,9 @@ EXPERIMENTS = masking "training dynamics" "sampling schedules" "sampling methods
 experiments: twin
 	set -e; for name in $(EXPERIMENTS); do \
 		echo; echo "== python -m experiments.$$name"; $(BIN)/python -m experiments.$$name; done
+
+notebook: .venv/installed-dev
+	$(BIN)/python -m experiments.notebook
 
 twin: .venv/installed-dev out/quickstart/model.safetensors out/quickstart-ar/model.safetensors
 data/sotu/meta.json: .venv/installed

@@ -1,5 +1,10 @@
-"""experiments/nano.py, the page that people share: its bound is right, and it learns."""
+"""experiments/nano.py, the page that people share: its bound is right, and it learns.
 
+And docs/nano.ipynb, the same with pictures: it is up to date, and runs.
+"""
+
+import inspect
+import json
 import math
 import os
 import random
@@ -12,7 +17,7 @@ import pytest
 import torch
 from oracles import seeded
 
-from experiments import nano
+from experiments import nano, notebook
 
 ROOT = Path(__file__).parents[2]
 WORDS = "a the of and ship storm captain sailor island harbour night wind saw left feared".split()
@@ -119,3 +124,47 @@ def test_masks_are_never_written():
     assert model(torch.full((2, nano.T), nano.MASK)).shape == (2, nano.T, 256)
     lines = list(nano.write(model, steps=4))
     assert [line.count("░") for line in lines] == [nano.T * left // 4 for left in (4, 3, 2, 1, 0)]
+
+
+# --- The notebook ---------------------------------------------------------------------------------
+
+
+def test_the_notebook_is_what_nano_and_its_story_make():
+    committed = json.loads((ROOT / "docs/nano.ipynb").read_text(encoding="utf-8"))
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in committed["cells"]]
+    built = [(cell["cell_type"], cell["source"]) for cell in notebook.build()["cells"]]
+    assert cells == built, "run python -m experiments.notebook"
+
+
+def test_every_function_of_nano_but_main_is_in_the_notebook():
+    code = "\n".join(cell["source"] for cell in notebook.build()["cells"]
+                     if cell["cell_type"] == "code")
+    made = {name: value for name, value in vars(nano).items()
+            if getattr(value, "__module__", "") == nano.__name__}
+    for name, value in made.items():
+        assert (name == "main") != (inspect.getsource(value).strip() in code), name
+
+
+@pytest.mark.slow
+def test_a_quick_notebook_runs_to_its_end_and_has_its_pictures():
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("matplotlib")
+    quick = nbformat.from_dict(notebook.build(steps="20"))
+    nbclient.NotebookClient(quick, timeout=300).execute()  # an error in a cell is raised here
+    outputs = [output for cell in quick.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    drawn = sum("plt." in cell.source or "page(" in cell.source for cell in quick.cells)
+    assert len(pictures) == drawn == 5
+    said = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    assert said == ""
+
+
+def test_without_nbclient_one_line_names_the_command(monkeypatch, capsys):
+    before = (ROOT / "docs/nano.ipynb").read_bytes()
+    monkeypatch.setattr(notebook, "find_spec", lambda name: None if name == "nbclient" else name)
+    assert notebook.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "pip install nbclient ipykernel" in err and err.count("\n") == 1
+    assert (ROOT / "docs/nano.ipynb").read_bytes() == before
