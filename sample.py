@@ -127,14 +127,14 @@ class Command(Sampler):
     # What reads best, see docs/sampling.md. The sampler that the bound is about is --exact.
     steps: int | None = knob(None, "model calls; none: 16, or with blocks one per token", low=1)
     order: str = knob("spread", "which are committed next", tuple(ORDERS))
-    temperature: float = knob(0.85, "below 1 safer, above 1 wilder, 0 greedy", low=0)
+    top_k: int | None = knob(200, "draw from the K most likely tokens (0: all)", low=0)
     exact: bool = knob(False, "as the bound: random order, a call per token, temperature 1")
     checkpoint: str = knob("out/quickstart", "folder that train.py wrote")
     prefix: str | None = knob(None, "text to continue")
     text: str | None = knob(None, 'text with holes to fill: "The[MASK:5] of the Union"')
     length: int | None = knob(None, "tokens to write; none: as many as the context holds", low=1)
     num_samples: int = knob(1, "texts to write", low=1)  # B: all are written at once
-    sampling: str | None = knob(None, "short for --temperature 0, --top-k 50 or --top-p 0.9",
+    sampling: str | None = knob(None, "short for --temperature 0, --top-k 200 or --top-p 0.9",
                                 ("greedy", "topk", "nucleus"))
     repetition_penalty: float | None = knob(None, "divides the odds of repeats", low=1e-6)
     ban: str | None = knob(None, "never write the tokens of this text")

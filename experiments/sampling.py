@@ -1,7 +1,7 @@
 """Which sampler writes best? python -m experiments.sampling QUESTION
 
 A question is a table of samplers: each row is `denoise` with the options that it names, and the
-recommended ones beside them (BASE). It writes texts, which the autoregressive twin judges: columns
+usual ones beside them (BASE). It writes texts, which the autoregressive twin judges: columns
 as in lab/judge.py. Down is likelier, but only together with the entropy of real text.
 
     temperature  How much to leave to chance?
@@ -56,6 +56,7 @@ QUESTIONS: dict[str, dict[str, dict]] = {
         "greedy in random order": dict(temperature=0.0, order="random"),
         "top-k, 3": dict(temperature=1.0, top_k=3),
         "top-k, 50": dict(temperature=1.0, top_k=50),
+        "top-k, 200": dict(temperature=1.0, top_k=200),
         "nucleus, 0.5": dict(temperature=1.0, top_p=0.5),
         "nucleus, 0.9": dict(temperature=1.0, top_p=0.9),
         "temperature, 0.7": dict(temperature=0.7),

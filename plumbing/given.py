@@ -43,11 +43,11 @@ def options_for(cmd, info: dict, tokenizer: tiktoken.Encoding, x: Tensor) -> dic
         raise ValueError("an autoregressive model (GPT) does not see what follows a hole: "
                          "end --text with its only hole")
     options = cmd.sampler_options()
-    short = {"greedy": {"temperature": 0.0}, "topk": {"top_k": cmd.top_k or 50},
-             "nucleus": {"top_p": cmd.top_p or 0.9}}
+    short = {"greedy": {"temperature": 0.0}, "topk": {"top_k": cmd.top_k or 200},
+             "nucleus": {"top_p": cmd.top_p or 0.9, "top_k": None}}
     options |= short.get(cmd.sampling, {})
     if cmd.exact:
-        options |= {"order": "random", "temperature": 1.0}
+        options |= {"order": "random", "top_k": None}
     elif cmd.block_length is None:
         options["steps"] = cmd.steps or 16
     banned = [ban(tokenizer.encode_ordinary(cmd.ban))] if cmd.ban else []
