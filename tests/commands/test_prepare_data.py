@@ -370,7 +370,7 @@ exec {sys.executable} -c "import runpy, sys; sys.version_info = (3, 10); runpy.r
     for target in ("sample", "quickstart", "test", "test-oldest", "lint"):
         result = subprocess.run(["make", target, f"PYTHON={old}"], capture_output=True, text=True)
         first, *others = result.stderr.splitlines()
-        assert first.startswith("this needs Python 3.11 or later") and "make: ***" in others[0]
+        assert first.startswith("this needs Python 3.11 or later") and " *** [" in others[0]
         assert result.returncode == 2 and not any(tmp_path.glob(".venv*"))
 
 
