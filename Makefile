@@ -28,10 +28,10 @@ quickstart: .venv/installed
 	$(BIN)/python -m experiments.words data/sotu out/quickstart/samples.txt
 
 # In the order of docs/guide.md. What they train stays in out/experiments, for the next time.
-EXPERIMENTS = masking "training dynamics" "sampling schedules" "sampling methods" "sampling temperature" \
-	"sampling orders" "sampling remasking" "sampling steps" "sampling adaptive" "sampling frontier" \
-	"training masking" "training twin" "training repetition" "training prefixes" layers guidance structured \
-	sudoku domain proof_corpus roberta_start
+EXPERIMENTS = staircase masking "training dynamics" "training masking" "training prefixes" "sampling orders" \
+	"sampling steps" "sampling schedules" "sampling temperature" "sampling methods" "sampling remasking" \
+	"sampling adaptive" "training twin" "training repetition" sudoku layers guidance structured domain \
+	proof_corpus roberta_start
 experiments: twin
 	set -e; for name in $(EXPERIMENTS); do \
 		echo; echo "== python -m experiments.$$name"; $(BIN)/python -m experiments.$$name; done

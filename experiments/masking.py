@@ -27,7 +27,7 @@ from model import Transformer
 from plumbing.checkpoint import load_checkpoint
 from plumbing.command import command
 from plumbing.config import ConfigError
-from plumbing.terminal import HIDDEN
+from plumbing.terminal import HIDDEN, harmless
 from plumbing.text import token_texts
 from prepare_data import TokenFile, get_tokenizer
 from sample import denoise
@@ -156,8 +156,9 @@ def main(arguments: list[str]) -> None:
     texts = [text.replace("\n", " ") for text in texts]
 
     def show(mask: Tensor) -> str:
-        return "".join(f" {HIDDEN}" if hidden else text
-                       for hidden, text in zip(mask.tolist(), texts, strict=False)).strip()
+        shown = (f" {HIDDEN}" if hidden else text
+                 for hidden, text in zip(mask.tolist(), texts, strict=False))
+        return harmless("".join(shown).strip())
 
     with autocast():
         curve = measure_curve(model, x_0, model.config.mask_id, LEVELS, "CE by level")

@@ -31,7 +31,7 @@ from experiments.lab.pictures import draw
 from experiments.lab.runs import autocast
 from model import Transformer
 from plumbing.command import command
-from plumbing.machine import can_compile, choose_dtype, keep_freed_memory
+from plumbing.machine import choose_dtype, compiled, keep_freed_memory
 from sample import denoise, left_to_right_model
 from train import TrainConfig, build_optimizers
 
@@ -140,7 +140,7 @@ def learn(cfg: TrainConfig, vocab_size: int, rows: Tensor) -> Transformer:
     torch.manual_seed(cfg.seed)
     model = Transformer(cfg.network(vocab_size))
     optimizers = build_optimizers(cfg, model, choose_dtype("auto", torch.device("cpu")))
-    step_loss = torch.compile(loss) if cfg.compile and can_compile() else loss
+    step_loss = compiled(loss) if cfg.compile else loss
     for step in range(cfg.steps):
         generator = keyed_generator(cfg.seed, step, "sudoku")
         x_0 = rows[torch.randint(len(rows), (cfg.batch_size,), generator=generator)]  # (B,T)
