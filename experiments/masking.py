@@ -23,6 +23,7 @@ from diffusion import Curve, draw_mask, keyed_generator, mean_and_error, row_los
 from experiments.lab.command import count, flags, report, several
 from experiments.lab.pictures import draw
 from experiments.lab.runs import autocast, measure_curve, rows_of
+from experiments.prices import costs
 from model import Transformer
 from plumbing.checkpoint import load_checkpoint
 from plumbing.command import command
@@ -30,7 +31,6 @@ from plumbing.config import ConfigError
 from plumbing.terminal import HIDDEN, harmless
 from plumbing.text import token_texts
 from prepare_data import TokenFile, get_tokenizer
-from sample import denoise
 
 LEVELS = 10
 
@@ -81,16 +81,11 @@ def hide_half(score: Tensor) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, chosen, True)
 
 
-@torch.no_grad()
 def price(model: Transformer, x_0: Tensor, mask: Tensor, steps: int) -> Tensor:
     """(B,) float64: nats per hidden token of writing x_0 where it is hidden, in `steps` calls."""
-    found = []
-    for rows, hidden in zip(x_0.split(32), mask.split(32), strict=True):
-        x = rows.masked_fill(hidden, model.config.mask_id)
-        *_, last = denoise(model, x, model.config.mask_id, truth=rows, order="spread", steps=steps)
-        log_p = last.probability.double().log()  # 0 where given
-        found.append(-log_p.sum(1) / hidden.sum(1))
-    return torch.cat(found)
+    mask_id = model.config.mask_id
+    x = x_0.masked_fill(mask, mask_id)
+    return costs(model, x, x_0, mask_id, order="spread", steps=steps).sum(1) / mask.sum(1)
 
 
 def compare(model: Transformer, text: Text) -> tuple[list[dict], dict[str, Tensor]]:

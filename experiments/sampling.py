@@ -40,9 +40,10 @@ from diffusion import (
 from experiments.lab.command import flags_with_judge, report, several
 from experiments.lab.judge import Twins, judge, judged, load_twins, print_row, real_text
 from experiments.lab.pictures import draw, paint_frontier
-from experiments.lab.runs import OUT, autocast, measure_curve
+from experiments.lab.runs import OUT, measure_curve
+from experiments.prices import prices
 from plumbing.command import command
-from sample import REMASKS, State, denoise, left_to_right_model
+from sample import REMASKS, State, left_to_right_model
 
 # A label is "line" or "line, point": the picture joins the points of a line. "the twin" writes
 # itself, from left to right; everything else is written by the diffusion model.
@@ -96,20 +97,13 @@ THRESHOLDS = (0.5, 0.7, 0.9)  # of adaptive
 # --- One table of samplers ------------------------------------------------------------------------
 
 
-def prices(twins: Twins, x_0: Tensor, curve: Curve, options: dict) -> Tensor:
+def price(twins: Twins, x_0: Tensor, curve: Curve, options: dict) -> Tensor:
     """(B,): nats per token of each real text x_0 (B,N) under a sampler at temperature 1. Of the
     order random (1,): their mean, by `curve`."""
-    order, steps, schedule = (options[name] for name in ("order", "steps", "schedule"))
-    if order == "random":
-        return torch.tensor([schedule_nelbo(curve, schedule, steps)])
-    by_text = []
-    for rows in x_0.split(32):
-        x = torch.full_like(rows, twins.mask_id)
-        with autocast():
-            *_, last = denoise(twins.model, x, twins.mask_id, order=order, steps=steps,
-                               schedule=schedule, truth=rows)
-        by_text.append(-last.probability.double().log().mean(1))
-    return torch.cat(by_text)
+    how = {name: options[name] for name in ("order", "steps", "schedule")}
+    if how["order"] == "random":
+        return torch.tensor([schedule_nelbo(curve, how["schedule"], how["steps"])])
+    return prices(twins.model, x_0, twins.mask_id, **how)
 
 
 def line_of(row: dict) -> str:
@@ -144,7 +138,7 @@ def table(args: argparse.Namespace, twins: Twins) -> list[dict]:
         network = causal if label.startswith("the twin") else twins.model
         row, states = judged(twins, label, x, network, **options)
         if priced:
-            by_text = prices(twins, x_0[::2], measured, options)
+            by_text = price(twins, x_0[::2], measured, options)
             more, error = mean_and_error(by_text - first.setdefault(options["order"], by_text))
             row |= {"price": by_text.mean().item(), "more": more,
                     "+-": error if len(by_text) > 1 else None}

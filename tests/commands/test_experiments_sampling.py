@@ -125,11 +125,11 @@ def test_a_confident_model_needs_one_call_and_another_as_many_as_tokens(twins, p
 def test_the_price_of_a_text_is_exact_and_that_of_random_order_the_mean_over_orders(twins):
     x_0 = judge.real_text(twins, 4)
     options = dict(order="spread", steps=5, schedule="cosine", temperature=0.3)
-    found = sampling.prices(twins, x_0, None, options)
+    found = sampling.price(twins, x_0, None, options)
     exact = exact_nll(twins.model, x_0, MASK, order="spread", steps=5, schedule="cosine")
     assert found.mean().item() == pytest.approx(exact.nats, rel=0.01)  # in bfloat16
     curve = Curve(4, [1, 4], [1.0, 4.0], [0.0, 0.0])
-    nats = sampling.prices(twins, x_0, curve, options | dict(order="random", schedule=[4, 1, 0]))
+    nats = sampling.price(twins, x_0, curve, options | dict(order="random", schedule=[4, 1, 0]))
     assert nats.item() == pytest.approx((3 * 4 + 1 * 1) / 4)
 
 
