@@ -10,10 +10,10 @@ as in lab/judge.py. Down is likelier, but only together with the entropy of real
     remasking    Does it help to hide some of the written tokens again?
     steps        How many calls does a text need: one, one a token, or some between?
     schedules    How many tokens to commit in each of them?
-    adaptive     Does it pay to commit what is confident at once? A threshold, and a fixed schedule
-                 of as many calls, write freely (free) and fill the hidden quarter of real texts
-                 (fill; `right` is the fraction of tokens restored)
-    frontier     Likelihood against variety, by order, calls and temperature
+    adaptive     Does it pay to commit what is confident at once? With a threshold, and on a fixed
+                 schedule of as many calls, the hidden quarter of real texts is filled greedily;
+                 `right` is the fraction of tokens restored, `more` the difference between the two
+    frontier     Likelihood against variety, by order and calls, and the twin's by temperature
 
 The tables of steps and schedules have a price, too: -log of the probability with which the sampler
 writes real text, at temperature 1, in nats per token. No sample is needed for it. It is exact; that
@@ -39,7 +39,7 @@ from diffusion import (
 )
 from experiments.lab.command import flags_with_judge, report, several
 from experiments.lab.judge import Twins, judge, judged, load_twins, print_row, real_text
-from experiments.lab.pictures import draw, paint_frontier
+from experiments.lab.pictures import draw
 from experiments.lab.runs import OUT, measure_curve
 from experiments.prices import prices
 from plumbing.command import command
@@ -47,48 +47,32 @@ from sample import REMASKS, State, left_to_right_model
 
 # A label is "line" or "line, point": the picture joins the points of a line. "the twin" writes
 # itself, from left to right; everything else is written by the diffusion model.
-BASE = dict(order="spread", steps=16, schedule="linear", temperature=0.85)
+BASE = dict(order="spread", steps=16, schedule="linear", top_k=200)  # the default of sample.py
 LEFT_TO_RIGHT = dict(order="left_to_right", steps=None)  # None: one token per call
 QUESTIONS: dict[str, dict[str, dict]] = {
-    "temperature": {f"spread, {tau:g}": dict(temperature=tau)
+    "temperature": {f"temperature, {tau:g}": dict(temperature=tau, top_k=None)
                     for tau in (0.0, 0.3, 0.5, 0.7, 0.85, 1.0, 1.3)},
     "methods": {
         "greedy": dict(temperature=0.0),
-        "greedy in random order": dict(temperature=0.0, order="random"),
-        "top-k, 3": dict(temperature=1.0, top_k=3),
-        "top-k, 50": dict(temperature=1.0, top_k=50),
-        "top-k, 200": dict(temperature=1.0, top_k=200),
-        "nucleus, 0.5": dict(temperature=1.0, top_p=0.5),
-        "nucleus, 0.9": dict(temperature=1.0, top_p=0.9),
-        "temperature, 0.7": dict(temperature=0.7),
-        "temperature, 0.85": dict(),
-        "temperature, 1": dict(temperature=1.0),
+        **{f"top-k, {k}": dict(top_k=k) for k in (3, 50, 200)},
+        **{f"nucleus, {p}": dict(top_p=p, top_k=None) for p in (0.5, 0.9)},
+        **{f"temperature, {tau:g}": dict(temperature=tau, top_k=None) for tau in (0.85, 1.0)},
     },
     "orders": {
-        "spread": dict(),
-        "random": dict(order="random"),
-        "ancestral": dict(order="ancestral"),
-        "left to right": dict(order="left_to_right"),
-        "confidence": dict(order="confidence"),
-        "confidence with gumbel": dict(order="confidence", gumbel=1.0),
-        "margin": dict(order="margin"),
-        "entropy": dict(order="entropy"),
+        **{order.replace("_", " "): dict(order=order) for order in (
+            "spread", "random", "margin", "entropy", "confidence", "left_to_right")},
         "the twin": LEFT_TO_RIGHT,
     },
-    "remasking": {f"{remask}, {steps} calls": dict(remask=remask, steps=steps)
-                  for remask in REMASKS for steps in (16, 64)},
-    "steps": {
-        **{f"{order}, {steps}": dict(order=order, steps=steps)
-           for order in ("spread", "random") for steps in (256, 64, 16, 4, 1)},
-        "left to right": LEFT_TO_RIGHT,
-    },
+    "remasking": {"none, 16 calls": dict(), **{
+        f"{remask}, 64 calls": dict(remask=remask, steps=64) for remask in REMASKS}},
+    "steps": {f"{order}, {steps}": dict(order=order, steps=steps)
+              for order in ("spread", "random") for steps in (256, 64, 16, 4, 1)},
     "schedules": {f"{order}, {schedule}": dict(order=order, schedule=schedule)
                   for order in ("spread", "random") for schedule in (*SCHEDULES, "optimal")},
     "frontier": {
         **{f"{order}, {steps} calls": dict(order=order, steps=steps)
            for order in ("spread", "random") for steps in (4, 8, 16, 32, 64)},
-        **{f"spread in 16 calls, {tau:g}": dict(temperature=tau) for tau in (0.7, 0.85, 1.0)},
-        **{f"the twin, {tau:g}": LEFT_TO_RIGHT | dict(temperature=tau)
+        **{f"the twin, {tau:g}": LEFT_TO_RIGHT | dict(temperature=tau, top_k=None)
            for tau in (0.7, 0.85, 1.0)},
     },
 }
@@ -111,9 +95,11 @@ def line_of(row: dict) -> str:
 
 
 def real_row(twins: Twins, tokens: Tensor, *columns: str) -> dict:
-    """The row of real text, which nobody had to write, with further columns left empty."""
+    """The row of real text, which nobody had to write, with further columns left empty; printed."""
     row = {"sampler": "real text", "calls": None, "tokens_per_second": None}
-    return row | judge(twins, tokens) | dict.fromkeys(columns)
+    row |= judge(twins, tokens) | dict.fromkeys(columns)
+    print_row(row, heading=True)
+    return row
 
 
 def table(args: argparse.Namespace, twins: Twins) -> list[dict]:
@@ -128,12 +114,11 @@ def table(args: argparse.Namespace, twins: Twins) -> list[dict]:
         fitted = smooth(measure_curve(twins.model, x_0[1::2], twins.mask_id, 16, "to fit"))
     rows = [real_row(twins, real_text(twins, args.num_samples),
                      *(("price", "more", "+-") if priced else ()))]
-    print_row(rows[0], heading=True)
     first: dict[str, Tensor] = {}  # prices by order
     samples = []
     for label, options in QUESTIONS[args.question].items():
         options = BASE | options
-        if options.get("schedule") == "optimal":
+        if options["schedule"] == "optimal":
             options["schedule"] = optimal_schedule(fitted, options["steps"])
         network = causal if label.startswith("the twin") else twins.model
         row, states = judged(twins, label, x, network, **options)
@@ -164,38 +149,24 @@ def restored(tokens: Tensor, x: Tensor, x_0: Tensor, mask_id: int) -> Tensor:
     return ((tokens == x_0) & hidden).sum(1).double() / hidden.sum(1)
 
 
-def compare(twins: Twins, task: str, x_0: Tensor, x: Tensor, temperature: float) -> list[dict]:
-    """Two printed rows for each threshold: adaptive, and a fixed schedule of as many calls."""
+def adaptive(twins: Twins, x_0: Tensor, x: Tensor) -> list[dict]:
+    """Fill the holes of x, some texts x_0 (n,T): two printed rows for each threshold."""
     rows = [real_row(twins, x_0, "right", "more", "+-")]
-    print_row(rows[0], heading=True)
     for threshold in THRESHOLDS:
         steps = None  # with a threshold, the slowest pace: a token per call
-        base = None
+        rights = []
         for how in (dict(threshold=threshold), {}):
-            label = f"{task} {'threshold' if how else 'fixed'}, {threshold}"
-            row, states = judged(twins, label, x, order="spread", temperature=temperature,
-                                 steps=steps, **how)
+            label = f"{'threshold' if how else 'fixed'}, {threshold}"
+            row, states = judged(twins, label, x, order="spread", temperature=0.0, steps=steps,
+                                 **how)
             row["calls"] = calls_of_texts(states, twins.mask_id)
             steps = max(1, round(row["calls"]))  # what the fixed schedule is given next
-            row |= dict.fromkeys(("right", "more", "+-"))
-            if task == "fill":
-                right = restored(states[-1].tokens, x, x_0, twins.mask_id)
-                base = right if base is None else base
-                more, error = mean_and_error(right - base)
-                row |= {"right": right.mean().item(), "more": more, "+-": error}
+            rights.append(restored(states[-1].tokens, x, x_0, twins.mask_id))
+            more, error = mean_and_error(rights[-1] - rights[0])
+            row |= {"right": rights[-1].mean().item(), "more": more, "+-": error}
             print_row(row)
             rows.append(row)
     return rows
-
-
-def adaptive(args: argparse.Namespace, twins: Twins) -> list[dict]:
-    """Both tasks; in each, a quarter of the context is to be written."""
-    real = real_text(twins, args.num_samples)
-    few = twins.N // 4
-    mask = draw_mask(torch.full((len(real),), few), twins.N, 0, keyed_generator(0, 0, "fill"))
-    free = torch.full((len(real), few), twins.mask_id)
-    return [*compare(twins, "free", real[:, :few], free, BASE["temperature"]),
-            *compare(twins, "fill", real, real.masked_fill(mask, twins.mask_id), 0.0)]
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -205,12 +176,23 @@ def paint_calls(panels, names: tuple[str, ...], rows: list[dict]) -> None:
     """Numbers against model calls, a line for each line of the table."""
     for panel, name in zip(panels, names, strict=True):
         for line in dict.fromkeys(map(line_of, rows)):
-            points = [(row["calls"], row[name]) for row in rows
-                      if line_of(row) == line and None not in (row["calls"], row[name])]
-            if points:
-                panel.plot(*zip(*points, strict=True), "o-", label=line)
+            points = [(row["calls"], row[name]) for row in rows if line_of(row) == line]
+            panel.plot(*zip(*points, strict=True), "o-", label=line)
         panel.set(xlabel="model calls for a text", ylabel=name, xscale="log")
     panels[0].legend()
+
+
+def paint_table(axes, rows: list[dict]) -> None:
+    """Likelihood against variety: the first row, real text, as a star; a line through those of each
+    line of the table."""
+    real, *others = rows
+    axes.plot(real["entropy"], real["judge"], "k*", markersize=16, label="real text", zorder=3)
+    for line in dict.fromkeys(map(line_of, others)):
+        x, y, error = zip(*((row["entropy"], row["judge"], row["error"]) for row in others
+                            if line_of(row) == line), strict=True)
+        axes.errorbar(x, y, error, marker="o", label=line)
+    axes.set(xlabel="entropy of a sample's tokens, nats", ylabel="nats per token under the twin")
+    axes.legend(fontsize="small")
 
 
 @command("experiments.sampling")
@@ -223,18 +205,17 @@ def main(arguments: list[str]) -> None:
     picture = args.picture or OUT / f"sampling-{args.question}.png"
     twins = load_twins(args.checkpoint, args.judge, args.data_dir)
     if args.question == "adaptive":
-        rows = adaptive(args, twins)
-        draw(picture, lambda panels: paint_calls(panels, ("judge", "right"), rows), columns=2)
+        x_0 = real_text(twins, args.num_samples)
+        m = torch.full((len(x_0),), twins.N // 4)
+        mask = draw_mask(m, twins.N, 0, keyed_generator(0, 0, "fill"))
+        rows = adaptive(twins, x_0, x_0.masked_fill(mask, twins.mask_id))
     else:
         rows = table(args, twins)
-    if args.question == "steps":
-        draw(picture, lambda panels: paint_calls(panels, ("price", "judge", "words"), rows[1:]),
-             columns=3)
-    elif args.question != "adaptive":
-        lines: dict[str, list[dict]] = {}
-        for row in rows[1:]:
-            lines.setdefault(line_of(row), []).append(row)
-        draw(picture, lambda axes: paint_frontier(axes, rows[0], lines), width=8, height=5)
+    columns = {"steps": ("price", "judge", "words"), "adaptive": ("judge", "right")}
+    if names := columns.get(args.question):
+        draw(picture, lambda panels: paint_calls(panels, names, rows[1:]), columns=len(names))
+    else:
+        draw(picture, lambda axes: paint_table(axes, rows), width=8, height=5)
     report({"rows": rows})
 
 

@@ -27,21 +27,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import prepare_data
-from diffusion import (
-    Batch,
-    Masking,
-    Model,
-    ask,
-    corrupt,
-    keyed_generator,
-    loss,
-    mean_and_error,
-    nelbo,
-)
+from diffusion import Batch, ask, mean_and_error
 from experiments.lab.command import count, flags, report, several
 from experiments.lab.pictures import draw
 from experiments.lab.runs import (
@@ -77,6 +66,7 @@ class Question(NamedTuple):
     rows: dict[str, Row]  # the first one is compared with
     steps: int | None = None  # of training; None: as the config says
     evaluations: int = 1
+    x: str = ""  # what the columns that are numbers count
 
 
 # --- What is measured on a run --------------------------------------------------------------------
@@ -84,7 +74,6 @@ class Question(NamedTuple):
 RATIOS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
 PROMPTS = (0, 16, 64, 128, 192)
 END = 64  # tokens that are scored after a prompt
-BATCHES = 100  # to see how much a loss varies
 
 
 def by_mask_ratio(run: Run, *_) -> Numbers:
@@ -109,9 +98,7 @@ def after_prompt(model: Transformer, x_0: Tensor, prompt: int, end: int = END) -
 
 def by_epoch(run: Run, *_) -> Numbers:
     tokens = TokenFile(run.config["data_dir"], "train").num_tokens
-    nats = {point.tokens / tokens: point.nats for point in run.points}
-    best = min(nats, key=nats.get)
-    return {"training": run.training[-1]["loss"], "best": nats[best], "at epoch": best, **nats}
+    return {point.tokens / tokens: point.nats for point in run.points}
 
 
 def by_tokens(run: Run, *_) -> Numbers:
@@ -133,29 +120,29 @@ def bits_and_seconds(run: Run, *_) -> Numbers:
 CONSTANT = "--decay-fraction 0"  # or all curves would fall at the end, whatever was read
 GPT = "--objective autoregressive"
 QUESTIONS = {
-    "masking": Question(by_mask_ratio, steps=150, rows={
+    "masking": Question(by_mask_ratio, steps=120, x="mask ratio", rows={
         "all levels": Row(),
         "ten levels": Row("--mask-levels 10"),
         "always 50%": Row("--objective mlm --mlm-ratio 0.5"),
         "always 15%": Row("--objective mlm --mlm-ratio 0.15"),
     }),
-    "prefixes": Question(by_prompt, steps=150, rows={
+    "prefixes": Question(by_prompt, steps=120, x="tokens of the prompt", rows={
         "none": Row(),
         "always 32": Row("--prefix-length 32"),
         "0 to 128": Row("--prefix-length-max 128"),
         "none, 6 rows": Row("--batch-size 6"),  # hides as many tokens as the row above: 3/4
     }),
-    "repetition": Question(by_epoch, steps=240, evaluations=8, rows={
+    "repetition": Question(by_epoch, steps=240, evaluations=8, x="epochs", rows={
         "GPT": Row(f"{CONSTANT} {GPT}", tokens=16384),
         "diffusion": Row(CONSTANT, tokens=16384),
     }),
-    "dynamics": Question(both_losses, steps=150, evaluations=15, rows={
+    "dynamics": Question(both_losses, steps=120, evaluations=12, rows={
         "good": Row(),
         "too hot": Row("--muon-learning-rate 0.3 --learning-rate 0.6 --grad-clip 0"),
         "starved": Row(tokens=4096),
         "leak": Row(leak=True),
     }),
-    "twin": Question(by_tokens, steps=240, evaluations=6, rows={
+    "twin": Question(by_tokens, steps=240, evaluations=6, x="million tokens read", rows={
         "GPT": Row(GPT),
         "diffusion": Row(),
     }),
@@ -265,11 +252,19 @@ def compare(columns: list[str | float], numbers: dict[str, Tensor]) -> None:
             line("  +-", errors, ".3f")
 
 
+def references(data_dir: str) -> dict[str, float]:
+    """What two networks without any knowledge of the text would lose, nats per token."""
+    file = TokenFile(data_dir, "train")
+    counts = np.bincount(file.tokens, minlength=file.vocab_size) + 1  # nothing is impossible
+    nats = -np.log(counts / counts.sum())[TokenFile(data_dir, "val").tokens].mean()
+    return {"ln V: all tokens alike": math.log(file.vocab_size), "token frequencies": float(nats)}
+
+
 # --- The pictures ---------------------------------------------------------------------------------
 
 
 def paint(panels, x: str, columns: list[str | float], numbers: dict[str, Tensor]) -> None:
-    """The means of each row over the columns that are numbers; its differences to the first."""
+    """The means of each row over the columns, which are numbers; its differences to the first."""
     left, right = panels
     base = next(iter(numbers))
     chosen = [i for i, name in enumerate(columns) if not isinstance(name, str)]
@@ -278,20 +273,9 @@ def paint(panels, x: str, columns: list[str | float], numbers: dict[str, Tensor]
         left.plot(xs, values.mean(0)[chosen], marker=".", label=label)
         more, errors = differences(values[:, chosen], numbers[base][:, chosen])
         right.errorbar(xs, more, errors, marker=".", capsize=2)
-    left.set(xlabel=x, title="Mean over seeds", ylabel="nats per token")
+    left.set(xlabel=x, title="Mean over seeds")
     right.set(xlabel=x, title=f"More than {base}, with standard errors")
     left.legend()
-
-
-def paint_time(panel, runs: dict[str, list[Run]]) -> None:
-    """Loss against seconds of training, a line for each run."""
-    for i, (label, of_label) in enumerate(runs.items()):
-        for run in of_label:
-            seconds = [point.seconds - run.compiling for point in run.points]
-            panel.plot(seconds, [point.bits_per_byte for point in run.points], f"C{i}.-",
-                       label=label if run is of_label[0] else None)
-    panel.set(xlabel="seconds of training, without compiling", ylabel="bits per byte")
-    panel.legend()
 
 
 def paint_dynamics(panels, runs: dict[str, list[Run]]) -> None:
@@ -313,62 +297,6 @@ def paint_dynamics(panels, runs: dict[str, list[Run]]) -> None:
     right.legend()
 
 
-# --- Why is my loss like this? --------------------------------------------------------------------
-
-
-def unigram(data_dir: str) -> float:
-    """Nats per token of validation text under the frequencies of the training text's tokens."""
-    train = TokenFile(data_dir, "train")
-    counts = np.bincount(train.tokens, minlength=train.vocab_size) + 1  # nothing is impossible
-    return float(-np.log(counts / counts.sum())[TokenFile(data_dir, "val").tokens].mean())
-
-
-@torch.no_grad()
-def spikes(model: Model, file: TokenFile, batches: int, rows: int, N: int,
-           mask_id: int) -> dict[str, list[float]]:
-    """{weighting: the loss of each batch}. The first two get the very same questions."""
-    losses: dict[str, list[float]] = {"token": [], "1/m": [], "1/t": []}
-    for step in range(batches):
-        x_0 = torch.from_numpy(file.batch(0, step, rows, N))
-        for name, weighting in (("token", "token"), ("1/m", "nelbo")):
-            generator = keyed_generator(0, step, "spikes")
-            batch = corrupt(x_0, mask_id, Masking(weighting=weighting), generator)
-            losses[name].append(loss(model, batch).item())
-        generator = keyed_generator(0, step, "coins")
-        t = torch.rand(rows, 1, generator=generator).expand(rows, N)
-        mask = torch.rand(rows, N, generator=generator) < t
-        logits = model(x_0.masked_fill(mask, mask_id), mask.flatten().nonzero().squeeze(1))
-        ce = F.cross_entropy(logits.float(), x_0[mask], reduction="none")
-        losses["1/t"].append(((ce / t[mask]).sum() / x_0.numel()).item())
-    return losses
-
-
-def explain(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Print CE by mask ratio while the good run learns, and where its heights come from."""
-    points = read_run(folder).points
-    curve = points[0].curve
-    print("\nthe good run, CE by mask ratio, nats per hidden token\n    step"
-          + "".join(f"{m / curve.N:8.0%}" for m in curve.counts))
-    for point in points[:-1:3]:
-        print(f"{point.step:8}" + "".join(f"{nats:8.2f}" for nats in point.curve.nats))
-    model, _ = load_checkpoint(folder)
-    mask_id = model.config.mask_id
-    N = model.config.context_length
-    torch.manual_seed(1)
-    untrained = nelbo(Transformer(model.config).eval(), rows_of(args.data_dir, 32, N), mask_id)
-    with autocast():
-        losses = spikes(model, TokenFile(args.data_dir, "train"), BATCHES, 8, N, mask_id)
-    table = {"ln V: all tokens alike": math.log(model.config.vocab_size),
-             "before training": untrained.nats,
-             "token frequencies: nothing visible": unigram(args.data_dir),
-             "at the end, 100% hidden": points[-1].curve.nats[-1],
-             "deviation from batch to batch, hidden tokens alike": np.std(losses["token"]),
-             "deviation, weight 1/m, strata and pairs": np.std(losses["1/m"]),
-             "deviation, weight 1/t, and coins": np.std(losses["1/t"])}
-    print("\n" + "\n".join(f"{what:52}{nats:8.3f}" for what, nats in table.items()))
-    return {what: float(nats) for what, nats in table.items()}
-
-
 # --- The command ----------------------------------------------------------------------------------
 
 
@@ -378,7 +306,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("question", choices=list(QUESTIONS))
     add("--seeds", type=count, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
-    add("--steps", type=count, help="of each training (default: 150 or 240; of recipe: 800)")
+    add("--steps", type=count, help="of each training (default: 120 or 240; of recipe: 800)")
     add("--rows", type=several, default=256, help="of validation text (default: %(default)s)")
     add("--only", nargs="+", metavar="ROW", help="of the table; the first is compared with")
     add("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
@@ -395,12 +323,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 @command("experiments.training")
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
-    folders = {label: [train(label, seed, args) for seed in args.seeds] for label in args.only}
-    runs = {label: [read_run(folder) for folder in found] for label, found in folders.items()}
+    question = QUESTIONS[args.question]
+    runs = {}
     numbers = {}
-    for label, found in folders.items():
-        measured = [QUESTIONS[args.question].measure(run, folder, args)
-                    for run, folder in zip(runs[label], found, strict=True)]
+    for label in args.only:
+        folders = [train(label, seed, args) for seed in args.seeds]
+        runs[label] = [read_run(folder) for folder in folders]
+        measured = [question.measure(run, folder, args)
+                    for run, folder in zip(runs[label], folders, strict=True)]
         columns = list(measured[0])
         numbers[label] = torch.tensor([list(one.values()) for one in measured]).double()
     print(f"\n{args.question}: means over the seeds {args.seeds}")
@@ -408,14 +338,11 @@ def main(arguments: list[str]) -> None:
     result = {"columns": columns, "seeds": args.seeds,
               "numbers": {label: values.tolist() for label, values in numbers.items()}}
     if args.question == "dynamics":
-        result["loss"] = explain(args, folders[args.only[0]][0])
+        result["references"] = references(args.data_dir)
+        print(*(f"{what:30}{nats:.2f}" for what, nats in result["references"].items()), sep="\n")
         draw(args.picture, lambda panels: paint_dynamics(panels, runs), columns=2)
-    elif args.question == "twin":
-        draw(args.picture, lambda panel: paint_time(panel, runs), width=7)
-    elif args.question != "recipe":
-        x = {"masking": "mask ratio", "prefixes": "tokens of the prompt", "repetition": "epochs"}
-        draw(args.picture, lambda panels: paint(panels, x[args.question], columns, numbers),
-             columns=2)
+    elif question.x:
+        draw(args.picture, lambda panels: paint(panels, question.x, columns, numbers), columns=2)
     report(result)
 
 

@@ -24,13 +24,3 @@ def draw(path: Path, paint: Callable, columns: int = 1, rows: int = 1, width: fl
         print("no picture: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
     except OSError as error:
         print(f"no picture: {error}", file=sys.stderr)
-
-
-def paint_frontier(axes, real: dict, rows: dict[str, list[dict]]) -> None:
-    """Likelihood against entropy: a line through the rows of each label, real text as a star."""
-    axes.plot(real["entropy"], real["judge"], "k*", markersize=16, label="real text", zorder=3)
-    for label, line in rows.items():
-        axes.errorbar([row["entropy"] for row in line], [row["judge"] for row in line],
-                      yerr=[row["error"] for row in line], marker="o", label=label)
-    axes.set(xlabel="entropy of a sample's tokens, nats", ylabel="nats per token under the twin")
-    axes.legend(fontsize="small")

@@ -2,13 +2,11 @@
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,13 +67,11 @@ def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
 
 
 class Point(NamedTuple):
-    """An evaluation, after so many steps, tokens and seconds of training."""
+    """An evaluation, after so many steps and tokens of training."""
 
     step: int
     tokens: int
-    seconds: float
     nats: float  # per token of validation text
-    stderr: float
     rows: int
     bits_per_byte: float
     curve: Curve | None  # CE(m); None for GPT
@@ -87,7 +83,6 @@ class Run(NamedTuple):
     config: dict
     training: list[dict]  # the lines of its log: step, loss ...
     points: list[Point]
-    compiling: float  # seconds that the first steps took beyond the usual: compiling, nearly all
 
 
 def read_run(folder: Path) -> Run:
@@ -95,21 +90,11 @@ def read_run(folder: Path) -> Run:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = (folder / "log.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
-    training = [line for line in lines if "loss" in line]
     tokens = config["batch_size"] * config["context_length"]  # of a step
-    steps = [0, *(line["step"] for line in training)]
-    seconds = [tokens / max(1, line["tokens_per_second"]) for line in training]  # of a step
-    # How long each stretch of steps took, measuring and saving excluded: added up, the clock.
-    clock = [0.0, *np.cumsum(np.diff(steps) * seconds)]
-    compiling = steps[1] * max(0.0, seconds[0] - statistics.median(seconds[1:] or seconds))
-    points = {}
-    for line in lines:
-        if "nats" in line:
-            step = line["step"]
-            points[step] = Point(step, step * tokens, float(np.interp(step, steps, clock)),
-                                 line["nats"], line["stderr"], line["rows"], line["bits_per_byte"],
-                                 line["curve"] and Curve(**line["curve"]))
-    return Run(config, training, list(points.values()), compiling)
+    points = {line["step"]: Point(line["step"], line["step"] * tokens, line["nats"], line["rows"],
+                                  line["bits_per_byte"], line["curve"] and Curve(**line["curve"]))
+              for line in lines if "nats" in line}
+    return Run(config, [line for line in lines if "loss" in line], list(points.values()))
 
 
 def autocast(device: str = "cpu") -> torch.autocast:

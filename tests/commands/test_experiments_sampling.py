@@ -116,8 +116,7 @@ def test_a_confident_model_needs_one_call_and_another_as_many_as_tokens(twins, p
     x = masked(2, 4, MASK)
     logits = torch.full((4, MASK), math.log((1 - p) / 256))
     logits[:, 7] = math.log(p)
-    rows = sampling.compare(twins._replace(model=Fixed(logits)), "fill", torch.full_like(x, 7), x,
-                            0.0)
+    rows = sampling.adaptive(twins._replace(model=Fixed(logits)), torch.full_like(x, 7), x)
     numbers = [(row["calls"], row["right"], row["more"]) for row in rows[1:]]
     assert numbers == [(calls, 1, 0)] * 2 * len(sampling.THRESHOLDS)
 
@@ -142,8 +141,7 @@ def priced(result):
 
 def as_many_calls(result):
     calls = [row["calls"] for row in result["rows"] if row["calls"]]
-    rights = [row["right"] for row in result["rows"] if row["right"] is not None]
-    return calls[1::2] == [max(1, round(n)) for n in calls[::2]] and len(rights) == 6
+    return calls[1::2] == [max(1, round(n)) for n in calls[::2]]
 
 
 @pytest.mark.parametrize("question, check", [

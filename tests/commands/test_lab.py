@@ -100,24 +100,20 @@ def test_counts_are_whole_and_positive():
             kind(text)
 
 
-def test_the_clock_of_a_run_is_the_sum_of_the_stretches(tmp_path):
-    def trained(step, speed):
-        return {"step": step, "loss": 1.0, "tokens_per_second": speed}
-
+def test_a_run_is_its_log_with_the_last_evaluation_of_each_step(tmp_path):
     def measured(step, nats):
         return {"step": step, "nats": nats, "stderr": 0.1, "rows": 64, "bits_per_byte": nats / 2,
                 "curve": None}
 
-    log = [trained(1, 2), measured(1, 5.0), trained(2, 10), trained(4, 5), measured(4, 9.0),
-           measured(4, 4.0), trained(6, 10), measured(5, 3.0)]
+    log = [{"step": 1, "loss": 3.0}, measured(1, 5.0), {"step": 4, "loss": 2.0}, measured(4, 9.0),
+           measured(4, 4.0), measured(5, 3.0)]
     config = {"batch_size": 2, "context_length": 5}  # 10 tokens a step
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     run = runs.read_run(tmp_path)
-    assert [(p.step, p.tokens, p.seconds, p.nats) for p in run.points] == [
-        (1, 10, 5.0, 5.0), (4, 40, 5 + 1 + 4, 4.0), (5, 50, 5 + 1 + 4 + 1, 3.0)]
-    assert run.compiling == 5 - 1  # the other stretches have 1, 2, 1 seconds a step
-    assert [line["step"] for line in run.training] == [1, 2, 4, 6]
+    assert [(p.step, p.tokens, p.nats, p.bits_per_byte) for p in run.points] == [
+        (1, 10, 5.0, 2.5), (4, 40, 4.0, 2.0), (5, 50, 3.0, 1.5)]
+    assert [line["loss"] for line in run.training] == [3, 2]
 
 
 def test_words_are_known_from_the_training_text(workplace, capsys):
