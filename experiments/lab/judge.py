@@ -66,19 +66,6 @@ def real_text(twins: Twins, rows: int) -> Tensor:
     return torch.from_numpy(twins.val.spread(rows, twins.N))
 
 
-def write(model: Model, x: Tensor, mask_id: int, seed: int = 1,
-          **options) -> tuple[list[State], float]:
-    """All states of `denoise`, and the seconds they took; ConfigError for options without sense."""
-    states = denoise(model, x, mask_id, Generator().manual_seed(seed), **options)
-    started = time.perf_counter()
-    try:
-        first = next(states)  # bad options are refused here
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    with autocast(x.device.type):
-        return [first, *states], time.perf_counter() - started
-
-
 def words(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
 
@@ -95,14 +82,10 @@ def fraction_known(text: str, vocabulary: set[str]) -> float:
     return sum(word in vocabulary for word in found) / max(1, len(found))
 
 
-def entropy(tokens: Tensor) -> float:
-    """In nats, of the frequencies of these tokens (n,)."""
-    return torch.special.entr(tokens.bincount() / len(tokens)).sum().item()
-
-
 def mean_entropy(rows: Tensor) -> float:
-    """Of the tokens of a row, the mean over rows (n,T)."""
-    return sum(map(entropy, rows)) / len(rows)
+    """In nats, of the frequencies of a row's own tokens, the mean over rows (n,T)."""
+    entropies = [torch.special.entr(row.bincount() / len(row)).sum() for row in rows]
+    return torch.stack(entropies).mean().item()
 
 
 def fraction_and_error(yes: Sequence[bool] | Tensor) -> tuple[float, float]:
@@ -127,7 +110,11 @@ def judge(twins: Twins, tokens: Tensor) -> dict[str, float]:
 def judged(twins: Twins, sampler: str, x: Tensor, network: Model | None = None,
            **options) -> tuple[dict, list[State]]:
     """Let the model (or `network`) fill the holes of x: (a row of the table, all states)."""
-    states, seconds = write(network or twins.model, x, twins.mask_id, **options)
+    generator = Generator().manual_seed(1)
+    started = time.perf_counter()
+    with autocast(x.device.type):
+        states = list(denoise(network or twins.model, x, twins.mask_id, generator, **options))
+    seconds = time.perf_counter() - started
     speed = int((x == twins.mask_id).sum()) / seconds
     row = {"sampler": sampler, "calls": states[-1].calls, "tokens_per_second": round(speed)}
     return row | judge(twins, states[-1].tokens), states
