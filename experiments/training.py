@@ -30,20 +30,10 @@ import torch
 from torch import Tensor
 
 import prepare_data
-from diffusion import Batch, ask, mean_and_error
+from diffusion import Batch, ask, mean_and_error, nelbo
 from experiments.lab.command import count, flags, report, several
 from experiments.lab.pictures import draw
-from experiments.lab.runs import (
-    OUT,
-    Run,
-    autocast,
-    pair_nelbos,
-    read_run,
-    rows_of,
-    small_corpus,
-    trained,
-)
-from model import Transformer
+from experiments.lab.runs import OUT, Run, autocast, read_run, rows_of, small_corpus, trained
 from plumbing.checkpoint import load_checkpoint
 from plumbing.command import command
 from prepare_data import TokenFile
@@ -64,7 +54,7 @@ Numbers = dict[str | float, float]  # by column; a column that is a number is th
 class Question(NamedTuple):
     measure: Callable[[Run, Path, argparse.Namespace], Numbers]  # of a run in its folder
     rows: dict[str, Row]  # the first one is compared with
-    steps: int | None = None  # of training; None: as the config says
+    steps: int  # of training, if the flags of a row don't say
     evaluations: int = 1
     x: str = ""  # what the columns that are numbers count
 
@@ -72,7 +62,7 @@ class Question(NamedTuple):
 # --- What is measured on a run --------------------------------------------------------------------
 
 RATIOS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
-PROMPTS = (0, 16, 64, 128, 192)
+PROMPTS = (0, 16, 64, 192)
 END = 64  # tokens that are scored after a prompt
 
 
@@ -86,14 +76,9 @@ def by_mask_ratio(run: Run, *_) -> Numbers:
 def by_prompt(run: Run, folder: Path, args: argparse.Namespace) -> Numbers:
     model, _ = load_checkpoint(folder)
     x_0 = rows_of(args.data_dir, args.rows, model.config.context_length)
-    with autocast():
-        return {p: after_prompt(model, x_0, p).mean().item()
+    with autocast():  # always of the same tokens, the last of a row
+        return {p: nelbo(model, x_0[:, -END - p :], model.config.mask_id, p).nats
                 for p in PROMPTS if p + END <= x_0.size(1)}
-
-
-def after_prompt(model: Transformer, x_0: Tensor, prompt: int, end: int = END) -> Tensor:
-    """(B/2,): the NELBO of the last `end` tokens of x_0 (B,T), by pairs of rows."""
-    return pair_nelbos(model, x_0[:, -end - prompt :], model.config.mask_id, prompt)
 
 
 def by_epoch(run: Run, *_) -> Numbers:
@@ -146,7 +131,7 @@ QUESTIONS = {
         "GPT": Row(GPT),
         "diffusion": Row(),
     }),
-    "recipe": Question(bits_and_seconds, rows={
+    "recipe": Question(bits_and_seconds, steps=800, rows={
         "quickstart": Row(),
         "random masks": Row("--mask-positions random"),
         "mask ratio bell": Row("--mask-ratio bell"),
@@ -215,16 +200,19 @@ def corpus_of(row: Row, args: argparse.Namespace) -> Path:
 
 
 def train(label: str, seed: int, args: argparse.Namespace) -> Path:
-    """The folder of a finished run."""
+    """The folder of a finished run, named after its settings: two questions may share it."""
     question = QUESTIONS[args.question]
     row = question.rows[label]
-    words = ["--data-dir", corpus_of(row, args), "--seed", seed]
-    if steps := args.steps or question.steps:
-        words += ["--steps", steps, "--eval-interval", max(1, steps // question.evaluations),
-                  "--eval-rows", 32, "--final-eval-rows", args.rows, "--log-interval", 10]
+    steps = args.steps or question.steps
+    interval = max(1, steps // question.evaluations)
+    name = path_of(row.flags or "as it is", row.tokens or "", row.tokenizer, "leak" * row.leak,
+                   f"steps {steps} measured every {interval} seed {seed}")
+    words = ["--data-dir", corpus_of(row, args), "--seed", seed, "--steps", steps,
+             "--eval-interval", interval, "--eval-rows", 32, "--final-eval-rows", args.rows,
+             "--log-interval", 10]
     program = {"program": LEAKING} if row.leak else {}
-    return trained(f"training/{path_of(args.question, label, seed)}", *map(str, words),
-                   *row.flags.split(), config=args.config, **program)
+    return trained(f"training/{name}", *map(str, words), *row.flags.split(), config=args.config,
+                   **program)
 
 
 def differences(values: Tensor, base: Tensor) -> tuple[list[float], list[float]]:

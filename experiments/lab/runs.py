@@ -14,7 +14,6 @@ from diffusion import (
     Curve,
     Model,
     draw_mask,
-    draw_num_masked,
     keyed_generator,
     mean_and_error,
     row_losses,
@@ -109,22 +108,6 @@ def rows_of(data_dir: str, rows: int, length: int) -> Tensor:
     if len(x_0) < 2:
         raise DataError(f"{data_dir} has too little validation text to measure on: prepare more")
     return x_0[: len(x_0) // 2 * 2]
-
-
-@torch.no_grad()
-def pair_nelbos(model: Model, x_0: Tensor, mask_id: int, prefix_length: int = 0,
-                seed: int = 0) -> Tensor:
-    """(B/2,) float64: what `diffusion.nelbo` is the mean of, one antithetic pair of rows each.
-
-    All models get the same questions, so their difference, taken pair by pair, is known far better
-    than the NELBO of either. B is even.
-    """
-    B, T = x_0.shape
-    generator = keyed_generator(seed, 0, "nelbo")
-    num_masked = draw_num_masked(B, T - prefix_length, generator=generator)
-    mask = draw_mask(num_masked, T, prefix_length, generator)
-    by_row = row_losses(model, x_0.masked_fill(mask, mask_id), x_0, mask)
-    return by_row.view(-1, 2).mean(1)
 
 
 @torch.no_grad()

@@ -24,8 +24,10 @@ ROOT = Path(__file__).parent.parent.parent
 TINY = "--config tiny.toml "
 
 
-def config_of(name: str) -> dict:
-    return json.loads(Path(f"out/experiments/{name}/config.json").read_text())
+def config_of(pattern: str) -> dict:
+    """Of the only training whose folder is called so."""
+    (path,) = Path("out/experiments/training").glob(f"{pattern}/config.json")
+    return json.loads(path.read_text())
 
 
 # --- The recipe -----------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def test_differences_are_taken_seed_by_seed(capsys):
                      ["more", "than", "first", "+0.200", "-1.000"], ["+-", "0.100", "0.000"]]
 
 
-def test_the_same_end_is_scored_after_every_prompt():
+def test_the_same_end_is_scored_after_every_prompt(monkeypatch):
     shown = []
 
     def watched(tokens, positions):
@@ -205,19 +207,25 @@ def test_the_same_end_is_scored_after_every_prompt():
         x = torch.nn.functional.pad(tokens, (missing, 0), value=V)
         return EXACT(x)[:, missing:].flatten(0, 1)[positions]
 
-    watched.config = SimpleNamespace(mask_id=V)
-    x_0 = torch.arange(32).view(8, 4) % V
-    for prompt in (0, 2):
-        assert training.after_prompt(watched, x_0, prompt, end=2).shape == (4,)
-    assert [tokens.size(1) for tokens in shown] == [2, 4]
-    assert torch.equal(shown[1][:, :2], x_0[:, :2])  # the prompt stays visible
+    x_0 = EXACT.sample(4000)
+    watched.config = SimpleNamespace(mask_id=V, context_length=T)
+    monkeypatch.setattr(training, "load_checkpoint", lambda folder: (watched, {}))
+    monkeypatch.setattr(training, "rows_of", lambda *arguments: x_0)
+    monkeypatch.setattr(training, "PROMPTS", (0, 2, 3))
+    monkeypatch.setattr(training, "END", 2)
+    found = training.by_prompt(None, Path(), SimpleNamespace(data_dir="", rows=4000))
+    assert list(found) == [0, 2]  # 3 + 2 do not fit
+    assert {tokens.size(1) for tokens in shown} == {2, 4}
+    prompts = [tokens[:, :2] for tokens in shown if tokens.size(1) == 4]
+    assert all((prompt < V).all() for prompt in prompts)  # they stay visible
+    assert found[2] == pytest.approx((EXACT.entropy() - EXACT.entropy(2)) / 2, abs=0.03)
 
 
 def test_masking_trains_every_row_with_every_seed(finish, started):
     lines, result = finish(training, f"masking {SEEDS} 4")
     assert [words[words.index("--seed") + 1] for words in started] == ["1", "2"] * 4
-    assert config_of("training/masking-always-15-2")["mlm_ratio"] == 0.15
-    assert config_of("training/masking-ten-levels-1")["mask_levels"] == 10
+    assert config_of("*mlm-ratio-0-15-*-seed-2")["mlm_ratio"] == 0.15
+    assert config_of("mask-levels-10-*-seed-1")["mask_levels"] == 10
     assert result["columns"] == ["NELBO", *training.RATIOS]
     assert list(result["numbers"]) == list(training.QUESTIONS["masking"].rows)
     assert len({nelbo for rows in result["numbers"].values() for nelbo, *_ in rows}) == 8
@@ -232,14 +240,14 @@ def test_prefixes(finish, monkeypatch):
     monkeypatch.setitem(training.QUESTIONS, "prefixes", question)
     _, result = finish(training, f"prefixes {SEEDS} 4")
     assert result["columns"] == [0, 8]  # 60 + 8 do not fit
-    assert config_of("training/prefixes-0-to-32-1")["prefix_length_max"] == 32
+    assert config_of("prefix-length-max-32-*-seed-1")["prefix_length_max"] == 32
 
 
 def test_repetition_reads_a_small_corpus_and_is_found_again(finish):
     _, result = finish(training, f"repetition {SEEDS} 16")
     tokens = TokenFile("out/experiments/training-data/data-sotu-16384", "train").num_tokens
     assert result["columns"] == pytest.approx([n * 2 * 8 * 64 / tokens for n in range(1, 9)])
-    assert config_of("training/repetition-GPT-1")["decay_fraction"] == 0
+    assert config_of("*autoregressive-16384-*-seed-1")["decay_fraction"] == 0
     assert all(row[-1] < row[0] for rows in result["numbers"].values() for row in rows)
     assert finish(training, f"repetition {SEEDS} 16")[1] == result
 
@@ -247,20 +255,19 @@ def test_repetition_reads_a_small_corpus_and_is_found_again(finish):
 def test_the_twin_is_compared_at_equal_tokens(finish):
     _, result = finish(training, f"twin {SEEDS} 12")
     assert result["columns"] == pytest.approx([n * 2 * 8 * 64 / 1e6 for n in range(1, 7)])
-    assert config_of("training/twin-GPT-2")["objective"] == "autoregressive"
+    assert config_of("*autoregressive-*-seed-2")["objective"] == "autoregressive"
 
 
 def test_the_recipe_is_a_table_of_whole_trainings(workplace, started, monkeypatch, capsys):
     Path("text.txt").write_text(FOX * 300)
-    Path("four.toml").write_text(Path("tiny.toml").read_text() + "steps = 4\n")
     rows = {"as it is": training.Row(tokenizer="byte"),
             "300 tokens": training.Row("--learning-rate 0.02", tokenizer="bpe:300")}
     question = training.QUESTIONS["recipe"]._replace(rows=rows)
     monkeypatch.setitem(training.QUESTIONS, "recipe", question)
-    flags = "recipe --config four.toml --corpus text.txt --seeds 1 2"
+    flags = "recipe --config tiny.toml --steps 4 --corpus text.txt --seeds 1 2"
     assert training.main(flags.split()) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert config_of("training/recipe-300-tokens-2")["learning_rate"] == 0.02
+    assert config_of("*bpe-300-*-seed-2")["learning_rate"] == 0.02
     for rows in result["numbers"].values():
         assert len({bits for bits, seconds in rows}) == 2
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from oracles import EXACT, JOINT, T, V, masked, seeded
 
-from diffusion import mean_and_error, nelbo
 from experiments import words
 from experiments.lab import judge, runs
 from experiments.lab.command import count, several
@@ -59,16 +58,6 @@ def test_a_fraction_is_never_known_exactly(yes, n):
     fraction, error = judge.fraction_and_error(answers)
     assert fraction == yes / n and 1 / n / 2 < error <= 0.5 / n**0.5
     assert judge.fraction_and_error(answers.tolist()) == (fraction, error)
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 3])
-def test_the_bound_after_a_prefix_is_the_conditional_entropy(prefix):
-    x_0 = EXACT.sample(4000)
-    terms = runs.pair_nelbos(EXACT, x_0, V, prefix)
-    nats, error = mean_and_error(terms)
-    assert nats == pytest.approx(nelbo(EXACT, x_0, V, prefix).nats, abs=1e-9)
-    conditional = EXACT.entropy() - (EXACT.entropy(prefix) if prefix else 0)
-    assert nats == pytest.approx(conditional / (T - prefix), abs=4 * error) and error < 0.02
 
 
 def test_a_measured_curve_is_that_of_the_table():
