@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -26,7 +25,7 @@ from oracles import (
 
 from diffusion import Curve
 from experiments import (
-    denoise_page,
+    denoising,
     guidance,
     masking,
     sampling,
@@ -164,11 +163,6 @@ def test_a_question_about_sampling_is_a_table(question, check, finish):
         assert any(line.startswith(row["sampler"]) for line in lines)
 
 
-# --- Prices ---------------------------------------------------------------------------------------
-
-
-
-
 # --- Guidance -------------------------------------------------------------------------------------
 
 
@@ -299,97 +293,43 @@ def test_structured_writes_what_satisfies_the_template(workplace, capsys):
     assert verdict == "2 of 2 satisfy the template" and json.loads(numbers)["satisfied"] == 2
 
 
-# --- The page -------------------------------------------------------------------------------------
+# --- The moving picture ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def page(tmp_path) -> Path:
-    """The page of four steps, in which a token holds evil markup."""
-    texts = [["Hi", None, None, None], ["Hi", "</script><b id='evil'>&", None, None],
-             ["Hi", None, "x", "y"], ["Hi", "z", "x", "y"]]
-    tokens = [[5, 9, 9, 9], [5, 1, 9, 9], [5, 9, 2, 3], [5, 4, 2, 3]]
-    with open(tmp_path / "steps.jsonl", "w") as file:
-        for step, (text, row) in enumerate(zip(texts, tokens, strict=True)):
-            line = {"step": step, "tokens": [row], "texts": [text], "probability": [[0.5] * 4]}
-            print(json.dumps(line), file=file)
-    assert denoise_page.main([str(tmp_path / "steps.jsonl"), str(tmp_path / "page.html")]) == 0
-    return tmp_path / "page.html"
-
-
-def test_the_picture_shows_each_token_from_its_last_step_on(page, tmp_path):
+def test_the_picture_shows_each_token_from_its_last_step_on(tmp_path):
+    texts = [["Hi", None, None, None], ["Hi", "</text><b id='evil'>&", None, None],
+             ["Hi", None, "\n x", "y"], ["Hi", "<z>\0 &", "\n x", "y"]]  # the evil one was remasked
     steps = tmp_path / "steps.jsonl"
-    lines = steps.read_text().replace('"z"', '"<z>\\u0000 &"').replace('"x"', '"\\n x"')
-    steps.write_text(lines)
-    assert denoise_page.main([str(steps), str(tmp_path / "picture.svg")]) == 0
+    with open(steps, "w") as file:
+        for step, text in enumerate(texts):
+            line = {"step": step, "texts": [text], "probability": [[1, 0.5, 0.25, 0.125]]}
+            print(json.dumps(line), file=file)
+    assert denoising.main([str(steps), str(tmp_path / "picture.svg")]) == 0
     svg = ElementTree.parse(tmp_path / "picture.svg").getroot()
-    tokens = svg.findall(".//{*}text")
-    shown = [(token.get("class"), token.text or "") for token in tokens]
-    assert shown == [("t0", "Hi"), ("t3", "<z>\N{MIDDLE DOT} &"), ("t2", "x"), ("t2", "y")]
-    boxes = [box.get("class") for box in svg.findall(".//{*}g/{*}rect")]
-    assert boxes == ["b3", "b2", "b2"]  # none where a token is given
-    assert len({token.get("y") for token in tokens[:2]}) == 1 < len({t.get("y") for t in tokens})
-    rules = svg.find("{*}style").text
-    moments = [float(rules.split(f"@keyframes b{step} {{ ")[1].split("%")[0]) for step in (1, 2, 3)]
-    assert 0 < moments[0] < moments[1] < moments[2] < 100
+    given, *groups = svg.findall("{*}g")
+    assert not given.findall("{*}animate")  # nothing is ever hidden there
+    assert ["".join(text.itertext()) for text in given] == ["givenHi"]
+    found = []
+    for boxes, words in zip(groups[::2], groups[1::2], strict=True):
+        times = [[float(time) for time in moved.get("keyTimes").split(";")]
+                 for moved in (*boxes.findall("{*}animate"), *words.findall("{*}animate"))]
+        shown = ["".join(text.itertext()) for text in words.findall("{*}text")]
+        assert len(boxes.findall("{*}rect")) == len(shown)
+        found.append((times, shown))
+    end = 3 * denoising.SECONDS_PER_STEP + denoising.SECONDS_OF_REST
+    moments = [round(n * denoising.SECONDS_PER_STEP / end, 4) for n in range(5)]
+    # A box goes when its word comes, and the word is red until the next one comes.
+    assert [times for times, _ in found] == [[[0, moments[n]], [0, moments[n]], [0, moments[n + 1]]]
+                                             for n in (1, 2, 3)]
+    assert [shown for _, shown in found] == [
+        [], ["step 2, probability 0.250x", "step 2, probability 0.125y"],
+        ["step 3, probability 0.500<z>\N{MIDDLE DOT} &"]]
+    lines = {text[0].tail: text.get("y") for text in svg.findall(".//{*}text")}
+    assert lines["Hi"] == lines["<z>\N{MIDDLE DOT} &"] < lines["x"] == lines["y"]
 
 
 def test_a_line_of_the_picture_is_not_overfull():
-    places = denoise_page.lay_out([" word"] * 100 + ["\n\n\nend"])
-    assert max(column + len(text) for column, _, text in places) <= denoise_page.WIDTH
+    places = denoising.lay_out([" word"] * 100 + ["\n\n\nend"])
+    assert max(column + len(text) for column, _, text in places) <= denoising.COLUMNS
     assert places[0] == (0, 0, "word") and places[-1][0] == 0
     assert [line for _, line, _ in places] == sorted(line for _, line, _ in places)
-
-
-def test_the_page_knows_when_each_position_became_what_it_is(page):
-    text = page.read_text()
-    frames = json.loads(text.split('id="frames">')[1].split("</script>")[0])
-    since = [frame["since"] for frame in frames]
-    assert since == [[[0, 0, 0, 0]], [[0, 1, 0, 0]], [[0, 2, 2, 2]], [[0, 3, 2, 2]]]
-    assert text.count("</script>") == 2 and "http" not in text  # nothing escapes or is fetched
-
-
-@pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")),
-                    reason="no chromium")
-def test_the_slider_and_the_play_button_move_through_the_steps(page, tmp_path):
-    from selenium import webdriver
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-                 "--disable-background-networking", "--disable-component-update",
-                 f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(flag)
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    with webdriver.Chrome(options=options, service=service) as browser:
-        browser.get(page.as_uri())
-
-        def state():
-            label = browser.find_element("id", "label").text
-            spans = browser.find_elements("css selector", "main p span")
-            return label, [(span.text, span.get_attribute("class")) for span in spans]
-
-        def slide_to(step):
-            browser.execute_script("const s = document.getElementById('step');"
-                                   "s.value = arguments[0]; s.dispatchEvent(new Event('input'))",
-                                   step)
-
-        given = ("Hi", "")
-        hidden = (masking.HIDDEN, "hidden")
-        assert state() == ("step 0 of 3: 3 hidden", [given, hidden, hidden, hidden])
-        slide_to(1)  # markup in a token is shown as text
-        evil = ("</script><b id='evil'>&", "new")
-        assert state() == ("step 1 of 3: 2 hidden", [given, evil, hidden, hidden])
-        assert not browser.find_elements("id", "evil")
-        slide_to(2)
-        remasked = (masking.HIDDEN, "again")
-        assert state() == ("step 2 of 3: 1 hidden", [given, remasked, ("x", "new"), ("y", "new")])
-        spans = browser.find_elements("css selector", "main p span")
-        written = "probability 0.500, written in step 2"
-        titles = [span.get_attribute("title") for span in spans]
-        assert titles == ["given", "hidden", written, written]
-        browser.find_element("id", "play").click()
-        WebDriverWait(browser, 20).until(lambda _: state()[0] == "step 3 of 3: 0 hidden")
-        assert [text for text, _ in state()[1]] == ["Hi", "z", "x", "y"]
-        log = browser.get_log("browser")
-        assert not [entry for entry in log if entry["level"] == "SEVERE"]

@@ -41,8 +41,8 @@ COMMANDS = [
     ("structured", "--template=In:[wrd:May|June]", "[wrd:May|June] is no hole"),
     ("structured", "--template=[MASK:3][digits:x]", "[digits:x] is no hole"),
     ("structured", "--template=In[May]", "the template has no holes"),
-    ("denoise_page", "steps.jsonl", "required: PAGE.html"),
-    ("denoise_page", "nowhere.jsonl page.html", "No such file"),
+    ("denoising", "steps.jsonl", "required: PICTURE.svg"),
+    ("denoising", "nowhere.jsonl picture.svg", "No such file"),
     ("roberta_start", "--steps=0", "argument --steps: must be at least 1, not 0"),
     ("roberta_start", "--length=600", "--length 600 is more than"),
     ("roberta_start", "--data-dir=nowhere", "run prepare_data.py"),
@@ -80,10 +80,10 @@ def test_a_mistake_gets_one_line(name, flags, says, workplace, started, capsys):
 @pytest.mark.parametrize("content", ["", "{", "{}\n", '{"tokens": 3}\n', "[1]\n"])
 def test_a_file_that_is_no_record_of_steps_gets_one_line(content, workplace, capsys):
     (workplace / "bad.jsonl").write_text(content)
-    script = importlib.import_module("experiments.denoise_page")
-    error = refusal(script, ["bad.jsonl", "page.html"], capsys)
+    script = importlib.import_module("experiments.denoising")
+    error = refusal(script, ["bad.jsonl", "picture.svg"], capsys)
     assert "bad.jsonl is not what sample.py --jsonl writes" in error
-    assert not (workplace / "page.html").exists()
+    assert not (workplace / "picture.svg").exists()
 
 
 @pytest.mark.parametrize("name, flags, says", [
