@@ -24,7 +24,7 @@ COMMANDS = [
     ("training", "masking --only nothing", "'nothing' is no row of masking: choose from"),
     ("training", "repetition --data-dir=nowhere", "run prepare_data.py"),
     ("prices", "--checkpoint nowhere", "nowhere/model.safetensors does not exist"),
-    ("prices", "--texts 1", "must be at least 2, not 1"),
+    ("prices", "--num-samples=1", "must be at least 2, not 1"),
     ("words", "data/sotu-bytes", "required: file"),
     ("words", "data/sotu-bytes nowhere.txt", "nowhere.txt: No such file"),
     ("words", "data/sotu-bytes run/model.safetensors", "'utf-8' codec can't decode"),
