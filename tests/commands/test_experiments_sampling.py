@@ -46,12 +46,13 @@ def text_of(*words: str) -> masking.Text:
     """A row of a token for each; those with a space before them begin a word, as in a text."""
     x_0 = torch.arange(len(words))[None]
     word = torch.tensor([[word.startswith(" ") for word in words]]).cumsum(1)
-    return masking.Text(x_0, word, 10 - x_0, seeded(0))
+    return masking.Text(x_0, x_0, word, 10 - x_0, seeded(0))
 
 
 def test_every_mask_hides_exactly_half_of_each_row():
     x_0 = torch.randint(9, (6, 32), generator=seeded(0))
-    text = masking.Text(x_0, torch.arange(32).expand(6, -1) // 3, x_0 + 5, seeded(1))
+    position = torch.arange(32).expand(6, -1)
+    text = masking.Text(x_0, position, position // 3, x_0 + 5, seeded(1))
     masks = {name: masking.hide_half(score(text)) for name, score in masking.MASKS.items()}
     assert all((mask.sum(1) == 16).all() for mask in masks.values())
     assert masks["the first half"][:, :16].all() and masks["the second half"][:, 16:].all()
@@ -75,7 +76,7 @@ def test_the_price_of_a_mask_is_that_of_writing_what_it_hides():
     mask = torch.tensor([[False, True, True, False]]).expand(50, -1)
     model = Exact(JOINT)
     model.config = SimpleNamespace(mask_id=V)
-    one_by_one = masking.price(model, x_0, mask, steps=2)
+    one_by_one = masking.price(model, x_0, mask, calls=2)
     for text, nats in zip(x_0, one_by_one, strict=True):
         a, b, c, d = text.tolist()
         p = EXACT.marginal[a, b, c, d] / EXACT.marginal[a, V, V, d]
@@ -85,10 +86,13 @@ def test_the_price_of_a_mask_is_that_of_writing_what_it_hides():
 def test_masking_shows_what_is_hidden_as_blocks(finish):
     lines, result = finish(masking, "--checkpoint run --rows 4 --width 64")
     views = [line for line in lines if masking.HIDDEN in line]
-    hidden = [round(k * N / 10) for k in range(1, 11)]
-    assert [view.count(masking.HIDDEN) for view in views] == hidden + [N // 2] * len(masking.MASKS)
-    assert result["masks"][0]["more"] == 0
-    assert [row["mask"] for row in result["masks"]] == list(masking.MASKS)
+    assert [view.count(masking.HIDDEN) for view in views] == [N * level // 10
+                                                              for level in range(1, 11)]
+    assert [row["hidden half"] for row in result["masks"]] == list(masking.MASKS)
+    random, every_second = result["masks"][:2]
+    assert random["more"] == 0
+    assert every_second["more"] == pytest.approx(every_second["in_16_calls"]
+                                                 - random["in_16_calls"])
 
 
 # --- Writing and judging --------------------------------------------------------------------------
