@@ -204,13 +204,11 @@ def test_classifier_free_guidance_raises_what_the_prefix_makes_likelier(strength
     assert chi_square_p(torch.bincount(written[:, 2], minlength=V), expected) > 1e-3
 
 
-def test_a_bag_of_words_is_the_sum_of_the_log_ratios_of_its_visible_tokens():
-    bag = guidance.BagOfWords((torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1])), mask_id=3)
+def test_a_bag_of_words_holds_the_log_ratios_of_its_tokens():
+    bag = guidance.bag_of_words(torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1]), mask_id=3)
     # One more of each: 4, 2, 1 of 7 against 1, 3, 1 of 5.
     ratios = [math.log(1 / 5 * 7 / 4), math.log(3 / 5 * 7 / 2), math.log(1 / 5 * 7 / 1)]
-    odds = bag(torch.tensor([[0, 1, 1], [2, 3, 3], [3, 3, 3]]))
-    expected = torch.tensor([ratios[0] + 2 * ratios[1], ratios[2], 0])
-    torch.testing.assert_close(odds, expected)
+    torch.testing.assert_close(bag, torch.tensor([*ratios, 0]))  # what is hidden says nothing
 
 
 def test_guidance_steers_both_ways(finish):
@@ -219,11 +217,10 @@ def test_guidance_steers_both_ways(finish):
     val = ("val", ["tonight we spoke of olden times my americans " * 10])
     write_dataset(iter([old] * 6 + [modern] * 6 + [val]), "byte", Path("ages"), "test")
     _, result = finish(guidance, "--checkpoint run --judge twin --data-dir ages --num-samples 4 "
-                       "--length 24 --prefix ton --strengths 1 500")
-    modern = {(row["guidance"], row["strength"]): row["modern"] for row in result["rows"]}
-    assert (modern["real old text", 0], modern["real modern text", 0]) == (0, 1)
-    assert modern["towards modern", 500] > modern["towards old", 500]
-    assert ("classifier-free", 1) in modern and ("classifier-free", 500) in modern
+                       "--length 24 --prefix ton")
+    old, modern, _, towards_modern, towards_old, *_ = (row["modern"] for row in result["rows"])
+    assert (old, modern) == (0, 1)
+    assert towards_modern > towards_old
 
 
 # --- Structure ------------------------------------------------------------------------------------
