@@ -11,7 +11,6 @@ third, by their words. One guides; another, made of other documents, judges what
     modern      fraction of the texts, the prefix left out, that it finds modern, with the standard
                 error; the first rows are real text of both kinds
     judge ...   what the steering costs: the columns are those of experiments/lab/judge.py
-
 The number behind a guidance is its strength.
 """
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion import Model
-from experiments.lab.command import count, flags_with_judge, report
+from experiments.lab.command import flags_with_judge, report
 from experiments.lab.judge import fraction_and_error, judge, load_twins, print_row, write
 from experiments.lab.pictures import draw
 from plumbing.adjust import Adjust
@@ -89,9 +88,9 @@ def old_and_modern(file: TokenFile, part: int) -> tuple[Tensor, Tensor]:
     if third < 2:
         raise DataError(f"{file.path} has {len(documents)} documents, too few to compare old and "
                         "modern ones")
-    old = np.concatenate(documents[:third][part::2])
-    modern = np.concatenate(documents[-third:][part::2])
-    return torch.from_numpy(old), torch.from_numpy(modern)
+    old, modern = (torch.from_numpy(np.concatenate(some[part::2]))
+                   for some in (documents[:third], documents[-third:]))
+    return old, modern
 
 
 def paint(axes, rows: list[dict]) -> None:
@@ -105,15 +104,14 @@ def paint(axes, rows: list[dict]) -> None:
 @command("experiments.guidance")
 def main(arguments: list[str]) -> None:
     parser = flags_with_judge("guidance", __doc__, num_samples=64)
-    parser.add_argument("--length", type=count, default=128, help="tokens (default: 128)")
     parser.add_argument("--prefix", default="My fellow citizens,", help="what is strengthened")
     args = parser.parse_args(arguments)
     twins = load_twins(args.checkpoint, args.judge, args.data_dir)
     tokenizer = get_tokenizer(twins.info["tokenizer"], args.checkpoint)
     prefix = tokenizer.encode_ordinary(args.prefix)
-    if not len(prefix) < args.length <= twins.N:
-        raise ConfigError(f"--length must be more than the prefix's {len(prefix)} tokens and at "
-                          f"most {twins.N}, not {args.length}")
+    length = min(128, twins.N)  # tokens of a text
+    if len(prefix) >= length:
+        raise ConfigError(f"--prefix has {len(prefix)} tokens, as many as a text: shorten it")
     classes = [old_and_modern(TokenFile(args.data_dir, "train"), part) for part in (0, 1)]
     guide, second = (bag_of_words(*both, twins.mask_id) for both in classes)
     rows = []
@@ -126,13 +124,13 @@ def main(arguments: list[str]) -> None:
         print_row(rows[-1], heading=len(rows) == 1)
 
     for name, stream in zip(("real old text", "real modern text"), classes[0], strict=True):
-        windows = stream[: len(stream) // args.length * args.length].view(-1, args.length)
+        windows = stream[: len(stream) // length * length].view(-1, length)
         say(name, windows[:: max(1, len(windows) // 128)])
 
     def towards(sign: int, strength: float) -> Adjust:
         return classifier_guidance(lambda x: F.logsigmoid(sign * guide[x].sum(1)), strength)
 
-    x = torch.full((args.num_samples, args.length), twins.mask_id)
+    x = torch.full((args.num_samples, length), twins.mask_id)
     begun = x.clone()
     begun[:, : len(prefix)] = torch.tensor(prefix)
     stronger = partial(classifier_free_guidance, twins.model, begun != x, twins.mask_id)

@@ -115,24 +115,18 @@ def dig_holes(texts: Tensor, decode: Callable[[list[int]], str],
     return texts[row.squeeze(1)], (first <= t) & (t < end)
 
 
-def costs_of_holes(model: Model, twin: Model, x_0: Tensor, mask_id: int,
-                   hole: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) each: nats of each hole (n,T) of the texts (n,T), from both sides and from the left."""
-    x = x_0.masked_fill(hole, mask_id)
-    gpt = left_to_right_model(twin, mask_id)
-    return (costs(model, x, x_0, mask_id, order="spread").sum(1),
-            costs(gpt, x, x_0, mask_id, order="left_to_right").sum(1))
-
-
 def price_holes(twins: Twins, texts: Tensor) -> dict[str, list]:
     """Print what holes in texts (B,T) cost, in nats of a hole."""
     print("\nhole           n  tokens  from both sides  the twin, from the left  difference")
+    gpt = left_to_right_model(twins.judge, twins.mask_id)
     found = {}
     for name, pattern in HOLES.items():
         rows, hole = dig_holes(texts, twins.decode, pattern)
         if not len(rows):  # texts too short for a sentence
             continue
-        ours, theirs = costs_of_holes(twins.model, twins.judge, rows, twins.mask_id, hole)
+        x = rows.masked_fill(hole, twins.mask_id)
+        ours = costs(twins.model, x, rows, twins.mask_id, order="spread").sum(1)  # (n,)
+        theirs = costs(gpt, x, rows, twins.mask_id, order="left_to_right").sum(1)
         more, error = mean_and_error(ours - theirs)
         print(f"{name:10} {len(hole):5} {hole.sum() / len(hole):7.1f} {ours.mean():16.2f} "
               f"{theirs.mean():24.2f}  {more:+.2f}+-{error:.2f}", flush=True)

@@ -217,7 +217,7 @@ def test_guidance_steers_both_ways(finish):
     val = ("val", ["tonight we spoke of olden times my americans " * 10])
     write_dataset(iter([old] * 6 + [modern] * 6 + [val]), "byte", Path("ages"), "test")
     _, result = finish(guidance, "--checkpoint run --judge twin --data-dir ages --num-samples 4 "
-                       "--length 24 --prefix ton")
+                       "--prefix ton")
     old, modern, _, towards_modern, towards_old, *_ = (row["modern"] for row in result["rows"])
     assert (old, modern) == (0, 1)
     assert towards_modern > towards_old
