@@ -11,18 +11,20 @@ third, by their words. One guides; another, made of other documents, judges what
     modern      fraction of the texts, the prefix left out, that it finds modern, with the standard
                 error; the first rows are real text of both kinds
     judge ...   what the steering costs: the columns are those of experiments/lab/judge.py
+The number behind a guidance is its strength.
 """
 
 import sys
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion import Model
-from experiments.lab.command import count, flags_with_judge, report
-from experiments.lab.judge import fraction_and_error, judge, judged, load_twins, print_row
+from experiments.lab.command import flags_with_judge, report
+from experiments.lab.judge import fraction_and_error, judge, load_twins, print_row, write
 from experiments.lab.pictures import draw
 from plumbing.adjust import Adjust
 from plumbing.command import command
@@ -66,20 +68,15 @@ def classifier_free_guidance(model: Model, given: Tensor, mask_id: int, strength
     return adjust
 
 
-class BagOfWords(nn.Module):
-    """Naive Bayes: the log-odds of the second class are the sum over the visible tokens of how much
-    likelier each is in its text. Forward: tokens (n,T), mask_id where hidden -> (n,)."""
+def bag_of_words(old: Tensor, modern: Tensor, mask_id: int) -> Tensor:
+    """(V+1,): how much a token speaks for modern text, in nats, from the tokens (n,) of both kinds.
 
-    def __init__(self, classes: tuple[Tensor, Tensor], mask_id: int):
-        """classes: the tokens (n,) of each."""
-        super().__init__()
-        # As if each token had been seen once more: none is impossible.
-        counts = torch.stack([tokens.bincount(minlength=mask_id) for tokens in classes]) + 1.0
-        log_p = (counts / counts.sum(1, keepdim=True)).log()  # (2,V)
-        self.weight = F.pad(log_p[1] - log_p[0], (0, 1))  # a hidden token says nothing
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.weight[tokens].sum(1)
+    Naive Bayes: the sum over a text is the log-odds that it is modern; a hidden token says nothing.
+    """
+    # As if each token had been seen once more: none is impossible.
+    counts = torch.stack([tokens.bincount(minlength=mask_id) for tokens in (old, modern)]) + 1.0
+    log_p = (counts / counts.sum(1, keepdim=True)).log()  # (2,V)
+    return F.pad(log_p[1] - log_p[0], (0, 1))
 
 
 def old_and_modern(file: TokenFile, part: int) -> tuple[Tensor, Tensor]:
@@ -91,95 +88,65 @@ def old_and_modern(file: TokenFile, part: int) -> tuple[Tensor, Tensor]:
     if third < 2:
         raise DataError(f"{file.path} has {len(documents)} documents, too few to compare old and "
                         "modern ones")
-    old = np.concatenate(documents[:third][part::2])
-    modern = np.concatenate(documents[-third:][part::2])
-    return torch.from_numpy(old), torch.from_numpy(modern)
+    old, modern = (torch.from_numpy(np.concatenate(some[part::2]))
+                   for some in (documents[:third], documents[-third:]))
+    return old, modern
 
 
-def plans(model: Model, guide: BagOfWords, x: Tensor, begun: Tensor,
-          strengths: list[float]) -> list[tuple[str, float, Tensor, Adjust | None]]:
-    """(guidance, strength, the text to fill, its `adjust`); x is all hidden, `begun` has the
-    prefix."""
-    given = begun != x
-    found = []
-    for name, sign, some in (("none", 1, [0.0]), ("towards modern", 1, strengths),
-                             ("towards old", -1, strengths)):
-        for strength in some:  # at 0 too only likely candidates are drawn: nothing else differs
-            adjust = classifier_guidance(
-                lambda rows, sign=sign: F.logsigmoid(sign * guide(rows)), strength)
-            found.append((name, strength, x, adjust))
-    found.append(("the prefix alone", 0.0, begun, None))
-    for strength in strengths:
-        adjust = classifier_free_guidance(model, given, int(x[0, 0]), strength)
-        found.append(("classifier-free", strength, begun, adjust))
-    return found
-
-
-def paint(axis, results: list[dict]) -> None:
-    """The fraction judged modern by strength; dotted, that of real text."""
-    lines = {"classifier, towards modern": ("none", "towards modern"),
-             "classifier, towards old": ("none", "towards old"),
-             "classifier-free, by a prefix": ("the prefix alone", "classifier-free")}
-    for label, members in lines.items():
-        line = [row for row in results if row["guidance"] in members]
-        axis.errorbar([row["strength"] for row in line], [100 * row["modern"] for row in line],
-                      [100 * row["modern_error"] for row in line], marker="o", capsize=3,
-                      label=label)
-    for row in results[:2]:
-        axis.axhline(100 * row["modern"], color="grey", linestyle=":")
-        axis.annotate(row["guidance"], (0, 100 * row["modern"]), color="grey")
-    axis.set(title="Steering towards an age", xlabel="strength of the guidance", ylim=(-5, 105),
-             ylabel="judged modern, % of the texts")
-    axis.legend()
+def paint(axes, rows: list[dict]) -> None:
+    """What fraction of the texts of each row is judged modern."""
+    axes.barh([row["guidance"] for row in rows], [100 * row["modern"] for row in rows],
+              xerr=[100 * row["+-"] for row in rows], capsize=3)
+    axes.invert_yaxis()
+    axes.set(title="Steering towards an age", xlabel="judged modern, % of the texts")
 
 
 @command("experiments.guidance")
 def main(arguments: list[str]) -> None:
     parser = flags_with_judge("guidance", __doc__, num_samples=64)
-    add = parser.add_argument
-    add("--length", type=count, default=128, help="tokens of a text (default: %(default)s)")
-    add("--prefix", default="My fellow citizens,", help="text to be strengthened")
-    add("--strengths", type=float, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
+    parser.add_argument("--prefix", default="My fellow citizens,", help="what is strengthened")
     args = parser.parse_args(arguments)
     twins = load_twins(args.checkpoint, args.judge, args.data_dir)
     tokenizer = get_tokenizer(twins.info["tokenizer"], args.checkpoint)
     prefix = tokenizer.encode_ordinary(args.prefix)
-    if not len(prefix) < args.length <= twins.N:
-        raise ConfigError(f"--length must be more than the prefix's {len(prefix)} tokens and at "
-                          f"most {twins.N}, not {args.length}")
-    streams = [old_and_modern(TokenFile(args.data_dir, "train"), part) for part in (0, 1)]
-    guide, second = (BagOfWords(classes, twins.mask_id) for classes in streams)
-    for name, end in (("modern", guide.weight), ("old", -guide.weight)):
-        words = [tokenizer.decode([token]) for token in end[:-1].topk(12).indices]
-        print(f"the most {name} words:{''.join(words)}")
+    length = min(128, twins.N)  # tokens of a text
+    if len(prefix) >= length:
+        raise ConfigError(f"--prefix has {len(prefix)} tokens, as many as a text: shorten it")
+    classes = [old_and_modern(TokenFile(args.data_dir, "train"), part) for part in (0, 1)]
+    guide, second = (bag_of_words(*both, twins.mask_id) for both in classes)
+    rows = []
 
-    results = []
+    def say(name: str, tokens: Tensor) -> None:
+        modern, error = fraction_and_error(second[tokens[:, len(prefix) :]].sum(1) > 0)
+        cost = judge(twins, tokens)
+        rows.append({"guidance": name, "modern": modern, "+-": error, "judge": cost["judge"],
+                     "error": cost["error"], "distinct": cost["distinct"]})
+        print_row(rows[-1], heading=len(rows) == 1)
 
-    def say(name: str, strength: float, row: dict, tokens: Tensor) -> None:
-        modern, error = fraction_and_error(second(tokens[:, len(prefix) :]) > 0)
-        numbers = {name: row[name] for name in ("judge", "error", "distinct", "words")}
-        results.append({"guidance": name, "strength": strength, "modern": modern,
-                        "modern_error": error} | numbers)
-        print_row(results[-1], heading=len(results) == 1)
+    for name, stream in zip(("real old text", "real modern text"), classes[0], strict=True):
+        windows = stream[: len(stream) // length * length].view(-1, length)
+        say(name, windows[:: max(1, len(windows) // 128)])
 
-    for name, stream in zip(("real old text", "real modern text"), streams[0], strict=True):
-        windows = stream[: len(stream) // args.length * args.length].view(-1, args.length)
-        windows = windows[:: max(1, len(windows) // 128)]
-        say(name, 0.0, judge(twins, windows), windows)
-    x = torch.full((args.num_samples, args.length), twins.mask_id)
+    def towards(sign: int, strength: float) -> Adjust:
+        return classifier_guidance(lambda x: F.logsigmoid(sign * guide[x].sum(1)), strength)
+
+    x = torch.full((args.num_samples, length), twins.mask_id)
     begun = x.clone()
     begun[:, : len(prefix)] = torch.tensor(prefix)
-    samples = []
-    for name, strength, start, adjust in plans(twins.model, guide, x, begun, args.strengths):
-        row, states = judged(twins, name, start, order="spread", steps=32, temperature=0.85,
-                             adjust=adjust)
-        say(name, strength, row, states[-1].tokens)
-        samples.append(tokenizer.decode(states[-1].tokens[0, len(prefix) :].tolist()))
-    print()
-    for row, sample in zip(results[2:], samples, strict=True):
-        print(f"{row['guidance']:18}{row['strength']:4g}   {sample[:70]!r}")
-    draw(args.picture, lambda axis: paint(axis, results), width=7, height=5)
-    report({"rows": results})
+    stronger = partial(classifier_free_guidance, twins.model, begun != x, twins.mask_id)
+    for name, start, adjust in (
+        ("none", x, towards(1, 0)),  # it too draws from the likely candidates alone
+        ("classifier, towards modern, 1", x, towards(1, 1)),
+        ("classifier, towards old, 1", x, towards(-1, 1)),
+        ("the prefix alone", begun, None),
+        ("classifier-free, 2", begun, stronger(2)),
+        ("classifier-free, 4", begun, stronger(4)),
+    ):
+        states, _ = write(twins.model, start, twins.mask_id, order="spread", steps=16, top_k=200,
+                          adjust=adjust)
+        say(name, states[-1].tokens)
+    draw(args.picture, lambda axes: paint(axes, rows), width=7)
+    report({"rows": rows})
 
 
 if __name__ == "__main__":

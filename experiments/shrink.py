@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from diffusion import evaluate
-from experiments.lab.command import count
 from plumbing.checkpoint import load_checkpoint, read_tensors, write_tensors
 from plumbing.command import command
 from plumbing.config import Parser
@@ -22,10 +21,8 @@ from prepare_data import TokenFile
 @command("experiments.shrink")
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="experiments.shrink", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("checkpoint", type=Path, help="the folder of a finished run")
-    add("out_dir", type=Path, help="the folder to write")
-    add("--rows", type=count, default=64, help="of validation text to compare on (default: 64)")
+    parser.add_argument("checkpoint", type=Path, help="the folder of a finished run")
+    parser.add_argument("out_dir", type=Path, help="the folder to write")
     args = parser.parse_args(arguments)
     tensors, info = read_tensors(args.checkpoint / "model.safetensors")
     val = TokenFile(info["config"]["data_dir"], "val")
@@ -36,11 +33,11 @@ def main(arguments: list[str]) -> None:
     write_tensors(args.out_dir / "model.safetensors", halves, info)
     for folder in (args.checkpoint, args.out_dir):
         model, _ = load_checkpoint(folder)
-        x_0 = torch.from_numpy(val.spread(args.rows, model.config.context_length))
+        x_0 = torch.from_numpy(val.spread(64, model.config.context_length))
         bound = evaluate(model, x_0, model.config.mask_id, info["config"]["objective"])
         size = (folder / "model.safetensors").stat().st_size
-        print(f"{folder}: {size / 1e6:.1f} MB, {'<= ' if bound.curve else ''}{bound.nats:.4f} nats "
-              "per token")
+        sign = "<= " if bound.curve else ""
+        print(f"{folder}: {size / 1e6:.1f} MB, {sign}{bound.nats:.4f} nats per token")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -26,7 +25,7 @@ from oracles import (
 
 from diffusion import Curve
 from experiments import (
-    denoise_page,
+    denoising,
     guidance,
     masking,
     sampling,
@@ -47,12 +46,13 @@ def text_of(*words: str) -> masking.Text:
     """A row of a token for each; those with a space before them begin a word, as in a text."""
     x_0 = torch.arange(len(words))[None]
     word = torch.tensor([[word.startswith(" ") for word in words]]).cumsum(1)
-    return masking.Text(x_0, word, 10 - x_0, seeded(0))
+    return masking.Text(x_0, x_0, word, 10 - x_0, seeded(0))
 
 
 def test_every_mask_hides_exactly_half_of_each_row():
     x_0 = torch.randint(9, (6, 32), generator=seeded(0))
-    text = masking.Text(x_0, torch.arange(32).expand(6, -1) // 3, x_0 + 5, seeded(1))
+    position = torch.arange(32).expand(6, -1)
+    text = masking.Text(x_0, position, position // 3, x_0 + 5, seeded(1))
     masks = {name: masking.hide_half(score(text)) for name, score in masking.MASKS.items()}
     assert all((mask.sum(1) == 16).all() for mask in masks.values())
     assert masks["the first half"][:, :16].all() and masks["the second half"][:, 16:].all()
@@ -76,7 +76,7 @@ def test_the_price_of_a_mask_is_that_of_writing_what_it_hides():
     mask = torch.tensor([[False, True, True, False]]).expand(50, -1)
     model = Exact(JOINT)
     model.config = SimpleNamespace(mask_id=V)
-    one_by_one = masking.price(model, x_0, mask, steps=2)
+    one_by_one = masking.price(model, x_0, mask, calls=2)
     for text, nats in zip(x_0, one_by_one, strict=True):
         a, b, c, d = text.tolist()
         p = EXACT.marginal[a, b, c, d] / EXACT.marginal[a, V, V, d]
@@ -86,10 +86,13 @@ def test_the_price_of_a_mask_is_that_of_writing_what_it_hides():
 def test_masking_shows_what_is_hidden_as_blocks(finish):
     lines, result = finish(masking, "--checkpoint run --rows 4 --width 64")
     views = [line for line in lines if masking.HIDDEN in line]
-    hidden = [round(k * N / 10) for k in range(1, 11)]
-    assert [view.count(masking.HIDDEN) for view in views] == hidden + [N // 2] * len(masking.MASKS)
-    assert result["masks"][0]["more"] == 0
-    assert [row["mask"] for row in result["masks"]] == list(masking.MASKS)
+    assert [view.count(masking.HIDDEN) for view in views] == [N * level // 10
+                                                              for level in range(1, 11)]
+    assert [row["hidden half"] for row in result["masks"]] == list(masking.MASKS)
+    random, every_second = result["masks"][:2]
+    assert random["more"] == 0
+    assert every_second["more"] == pytest.approx(every_second["in_16_calls"]
+                                                 - random["in_16_calls"])
 
 
 # --- Writing and judging --------------------------------------------------------------------------
@@ -162,11 +165,6 @@ def test_a_question_about_sampling_is_a_table(question, check, finish):
         assert any(line.startswith(row["sampler"]) for line in lines)
 
 
-# --- Prices ---------------------------------------------------------------------------------------
-
-
-
-
 # --- Guidance -------------------------------------------------------------------------------------
 
 
@@ -204,13 +202,11 @@ def test_classifier_free_guidance_raises_what_the_prefix_makes_likelier(strength
     assert chi_square_p(torch.bincount(written[:, 2], minlength=V), expected) > 1e-3
 
 
-def test_a_bag_of_words_is_the_sum_of_the_log_ratios_of_its_visible_tokens():
-    bag = guidance.BagOfWords((torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1])), mask_id=3)
+def test_a_bag_of_words_holds_the_log_ratios_of_its_tokens():
+    bag = guidance.bag_of_words(torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1]), mask_id=3)
     # One more of each: 4, 2, 1 of 7 against 1, 3, 1 of 5.
     ratios = [math.log(1 / 5 * 7 / 4), math.log(3 / 5 * 7 / 2), math.log(1 / 5 * 7 / 1)]
-    odds = bag(torch.tensor([[0, 1, 1], [2, 3, 3], [3, 3, 3]]))
-    expected = torch.tensor([ratios[0] + 2 * ratios[1], ratios[2], 0])
-    torch.testing.assert_close(odds, expected)
+    torch.testing.assert_close(bag, torch.tensor([*ratios, 0]))  # what is hidden says nothing
 
 
 def test_guidance_steers_both_ways(finish):
@@ -219,11 +215,10 @@ def test_guidance_steers_both_ways(finish):
     val = ("val", ["tonight we spoke of olden times my americans " * 10])
     write_dataset(iter([old] * 6 + [modern] * 6 + [val]), "byte", Path("ages"), "test")
     _, result = finish(guidance, "--checkpoint run --judge twin --data-dir ages --num-samples 4 "
-                       "--length 24 --prefix ton --strengths 1 500")
-    modern = {(row["guidance"], row["strength"]): row["modern"] for row in result["rows"]}
-    assert (modern["real old text", 0], modern["real modern text", 0]) == (0, 1)
-    assert modern["towards modern", 500] > modern["towards old", 500]
-    assert ("classifier-free", 1) in modern and ("classifier-free", 500) in modern
+                       "--prefix ton")
+    old, modern, _, towards_modern, towards_old, *_ = (row["modern"] for row in result["rows"])
+    assert (old, modern) == (0, 1)
+    assert towards_modern > towards_old
 
 
 # --- Structure ------------------------------------------------------------------------------------
@@ -297,97 +292,43 @@ def test_structured_writes_what_satisfies_the_template(workplace, capsys):
     assert verdict == "2 of 2 satisfy the template" and json.loads(numbers)["satisfied"] == 2
 
 
-# --- The page -------------------------------------------------------------------------------------
+# --- The moving picture ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def page(tmp_path) -> Path:
-    """The page of four steps, in which a token holds evil markup."""
-    texts = [["Hi", None, None, None], ["Hi", "</script><b id='evil'>&", None, None],
-             ["Hi", None, "x", "y"], ["Hi", "z", "x", "y"]]
-    tokens = [[5, 9, 9, 9], [5, 1, 9, 9], [5, 9, 2, 3], [5, 4, 2, 3]]
-    with open(tmp_path / "steps.jsonl", "w") as file:
-        for step, (text, row) in enumerate(zip(texts, tokens, strict=True)):
-            line = {"step": step, "tokens": [row], "texts": [text], "probability": [[0.5] * 4]}
-            print(json.dumps(line), file=file)
-    assert denoise_page.main([str(tmp_path / "steps.jsonl"), str(tmp_path / "page.html")]) == 0
-    return tmp_path / "page.html"
-
-
-def test_the_picture_shows_each_token_from_its_last_step_on(page, tmp_path):
+def test_the_picture_shows_each_token_from_its_last_step_on(tmp_path):
+    texts = [["Hi", None, None, None], ["Hi", "</text><b id='evil'>&", None, None],
+             ["Hi", None, "\n x", "y"], ["Hi", "<z>\0 &", "\n x", "y"]]  # the evil one was remasked
     steps = tmp_path / "steps.jsonl"
-    lines = steps.read_text().replace('"z"', '"<z>\\u0000 &"').replace('"x"', '"\\n x"')
-    steps.write_text(lines)
-    assert denoise_page.main([str(steps), str(tmp_path / "picture.svg")]) == 0
+    with open(steps, "w") as file:
+        for step, text in enumerate(texts):
+            line = {"step": step, "texts": [text], "probability": [[1, 0.5, 0.25, 0.125]]}
+            print(json.dumps(line), file=file)
+    assert denoising.main([str(steps), str(tmp_path / "picture.svg")]) == 0
     svg = ElementTree.parse(tmp_path / "picture.svg").getroot()
-    tokens = svg.findall(".//{*}text")
-    shown = [(token.get("class"), token.text or "") for token in tokens]
-    assert shown == [("t0", "Hi"), ("t3", "<z>\N{MIDDLE DOT} &"), ("t2", "x"), ("t2", "y")]
-    boxes = [box.get("class") for box in svg.findall(".//{*}g/{*}rect")]
-    assert boxes == ["b3", "b2", "b2"]  # none where a token is given
-    assert len({token.get("y") for token in tokens[:2]}) == 1 < len({t.get("y") for t in tokens})
-    rules = svg.find("{*}style").text
-    moments = [float(rules.split(f"@keyframes b{step} {{ ")[1].split("%")[0]) for step in (1, 2, 3)]
-    assert 0 < moments[0] < moments[1] < moments[2] < 100
+    given, *groups = svg.findall("{*}g")
+    assert not given.findall("{*}animate")  # nothing is ever hidden there
+    assert ["".join(text.itertext()) for text in given] == ["givenHi"]
+    found = []
+    for boxes, words in zip(groups[::2], groups[1::2], strict=True):
+        times = [[float(time) for time in moved.get("keyTimes").split(";")]
+                 for moved in (*boxes.findall("{*}animate"), *words.findall("{*}animate"))]
+        shown = ["".join(text.itertext()) for text in words.findall("{*}text")]
+        assert len(boxes.findall("{*}rect")) == len(shown)
+        found.append((times, shown))
+    end = 3 * denoising.SECONDS_PER_STEP + denoising.SECONDS_OF_REST
+    moments = [round(n * denoising.SECONDS_PER_STEP / end, 4) for n in range(5)]
+    # A box goes when its word comes, and the word is red until the next one comes.
+    assert [times for times, _ in found] == [[[0, moments[n]], [0, moments[n]], [0, moments[n + 1]]]
+                                             for n in (1, 2, 3)]
+    assert [shown for _, shown in found] == [
+        [], ["step 2, probability 0.250x", "step 2, probability 0.125y"],
+        ["step 3, probability 0.500<z>\N{MIDDLE DOT} &"]]
+    lines = {text[0].tail: text.get("y") for text in svg.findall(".//{*}text")}
+    assert lines["Hi"] == lines["<z>\N{MIDDLE DOT} &"] < lines["x"] == lines["y"]
 
 
 def test_a_line_of_the_picture_is_not_overfull():
-    places = denoise_page.lay_out([" word"] * 100 + ["\n\n\nend"])
-    assert max(column + len(text) for column, _, text in places) <= denoise_page.WIDTH
+    places = denoising.lay_out([" word"] * 100 + ["\n\n\nend"])
+    assert max(column + len(text) for column, _, text in places) <= denoising.COLUMNS
     assert places[0] == (0, 0, "word") and places[-1][0] == 0
     assert [line for _, line, _ in places] == sorted(line for _, line, _ in places)
-
-
-def test_the_page_knows_when_each_position_became_what_it_is(page):
-    text = page.read_text()
-    frames = json.loads(text.split('id="frames">')[1].split("</script>")[0])
-    since = [frame["since"] for frame in frames]
-    assert since == [[[0, 0, 0, 0]], [[0, 1, 0, 0]], [[0, 2, 2, 2]], [[0, 3, 2, 2]]]
-    assert text.count("</script>") == 2 and "http" not in text  # nothing escapes or is fetched
-
-
-@pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")),
-                    reason="no chromium")
-def test_the_slider_and_the_play_button_move_through_the_steps(page, tmp_path):
-    from selenium import webdriver
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-                 "--disable-background-networking", "--disable-component-update",
-                 f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(flag)
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    with webdriver.Chrome(options=options, service=service) as browser:
-        browser.get(page.as_uri())
-
-        def state():
-            label = browser.find_element("id", "label").text
-            spans = browser.find_elements("css selector", "main p span")
-            return label, [(span.text, span.get_attribute("class")) for span in spans]
-
-        def slide_to(step):
-            browser.execute_script("const s = document.getElementById('step');"
-                                   "s.value = arguments[0]; s.dispatchEvent(new Event('input'))",
-                                   step)
-
-        given = ("Hi", "")
-        hidden = (masking.HIDDEN, "hidden")
-        assert state() == ("step 0 of 3: 3 hidden", [given, hidden, hidden, hidden])
-        slide_to(1)  # markup in a token is shown as text
-        evil = ("</script><b id='evil'>&", "new")
-        assert state() == ("step 1 of 3: 2 hidden", [given, evil, hidden, hidden])
-        assert not browser.find_elements("id", "evil")
-        slide_to(2)
-        remasked = (masking.HIDDEN, "again")
-        assert state() == ("step 2 of 3: 1 hidden", [given, remasked, ("x", "new"), ("y", "new")])
-        spans = browser.find_elements("css selector", "main p span")
-        written = "probability 0.500, written in step 2"
-        titles = [span.get_attribute("title") for span in spans]
-        assert titles == ["given", "hidden", written, written]
-        browser.find_element("id", "play").click()
-        WebDriverWait(browser, 20).until(lambda _: state()[0] == "step 3 of 3: 0 hidden")
-        assert [text for text, _ in state()[1]] == ["Hi", "z", "x", "y"]
-        log = browser.get_log("browser")
-        assert not [entry for entry in log if entry["level"] == "SEVERE"]

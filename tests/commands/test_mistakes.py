@@ -24,7 +24,7 @@ COMMANDS = [
     ("training", "masking --only nothing", "'nothing' is no row of masking: choose from"),
     ("training", "repetition --data-dir=nowhere", "run prepare_data.py"),
     ("prices", "--checkpoint nowhere", "nowhere/model.safetensors does not exist"),
-    ("prices", "--texts 1", "must be at least 2, not 1"),
+    ("prices", "--num-samples=1", "must be at least 2, not 1"),
     ("words", "data/sotu-bytes", "required: file"),
     ("words", "data/sotu-bytes nowhere.txt", "nowhere.txt: No such file"),
     ("words", "data/sotu-bytes run/model.safetensors", "'utf-8' codec can't decode"),
@@ -32,7 +32,8 @@ COMMANDS = [
     ("masking", "--rows=1", "must be at least 2, not 1"),
     ("layers", "--text=fox", "has no hole"),
     ("layers", "--checkpoint=twin", "is autoregressive: it has no hidden tokens to fill"),
-    ("guidance", "--judge=twin --length=25", "train.bin has 1 documents, too few"),
+    ("guidance", "--judge=twin", "train.bin has 1 documents, too few"),
+    ("guidance", f"--judge=twin --prefix={'x' * 64}", "--prefix has 64 tokens, as many as a text"),
     ("domain", "--source=nowhere --data-dir=new", "no Python files in nowhere"),
     ("proof_corpus", "--tokens=0", "must be at least 5, not 0"),
     ("proof_corpus", "--tokens=many", "invalid number value: 'many'"),
@@ -41,8 +42,8 @@ COMMANDS = [
     ("structured", "--template=In:[wrd:May|June]", "[wrd:May|June] is no hole"),
     ("structured", "--template=[MASK:3][digits:x]", "[digits:x] is no hole"),
     ("structured", "--template=In[May]", "the template has no holes"),
-    ("denoise_page", "steps.jsonl", "required: PAGE.html"),
-    ("denoise_page", "nowhere.jsonl page.html", "No such file"),
+    ("denoising", "steps.jsonl", "required: PICTURE.svg"),
+    ("denoising", "nowhere.jsonl picture.svg", "No such file"),
     ("roberta_start", "--steps=0", "argument --steps: must be at least 1, not 0"),
     ("roberta_start", "--length=600", "--length 600 is more than"),
     ("roberta_start", "--data-dir=nowhere", "run prepare_data.py"),
@@ -80,10 +81,10 @@ def test_a_mistake_gets_one_line(name, flags, says, workplace, started, capsys):
 @pytest.mark.parametrize("content", ["", "{", "{}\n", '{"tokens": 3}\n', "[1]\n"])
 def test_a_file_that_is_no_record_of_steps_gets_one_line(content, workplace, capsys):
     (workplace / "bad.jsonl").write_text(content)
-    script = importlib.import_module("experiments.denoise_page")
-    error = refusal(script, ["bad.jsonl", "page.html"], capsys)
+    script = importlib.import_module("experiments.denoising")
+    error = refusal(script, ["bad.jsonl", "picture.svg"], capsys)
     assert "bad.jsonl is not what sample.py --jsonl writes" in error
-    assert not (workplace / "page.html").exists()
+    assert not (workplace / "picture.svg").exists()
 
 
 @pytest.mark.parametrize("name, flags, says", [

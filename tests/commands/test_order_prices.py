@@ -1,6 +1,7 @@
 """experiments.prices: what orders, schedules and holes cost, against arithmetic; and to its end."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,42 +30,40 @@ def test_the_price_of_a_schedule_is_the_sum_of_the_costs_of_its_steps():
         assert found.mean().item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_hole_costs_what_the_conditionals_say():
-    x_0 = EXACT.sample(40)
-    hole = torch.tensor([False, True, True, False]).expand(40, 4)
-    ours, from_the_left = prices.prices_of_holes(EXACT, Causal(JOINT), x_0, V, hole)
-    for text, one, other in zip(x_0, ours, from_the_left, strict=True):
-        a, b, c, d = text.tolist()
-        both = EXACT.marginal[a, b, c, d] / EXACT.marginal[a, V, V, d]
-        left = EXACT.marginal[a, b, c, V] / EXACT.marginal[a, V, V, V]
-        assert one == pytest.approx(-both.log().item(), abs=1e-5)
-        assert other == pytest.approx(-left.log().item(), abs=1e-5)
+def test_a_hole_costs_what_the_conditionals_say(monkeypatch):
+    hole = torch.tensor([False, True, True, False])
+    monkeypatch.setattr(prices, "dig_holes", lambda rows, *_: (rows, hole.expand(rows.shape)))
+    twins = SimpleNamespace(model=EXACT, judge=Causal(JOINT), mask_id=V, decode=None)
+    texts = EXACT.sample(40)
+    a, b, c, d = texts.T
+    both = EXACT.marginal[a, b, c, d] / EXACT.marginal[a, V, V, d]
+    left = EXACT.marginal[a, b, c, V] / EXACT.marginal[a, V, V, V]
+    expected = [-both.log().mean().item(), -left.log().mean().item()]
+    assert prices.price_holes(twins, texts)["a word"][:2] == pytest.approx(expected, abs=1e-5)
 
 
-PIECES = [b"It", b" end", b"ed.", b" The", b" sk", b"y is", b" wide", b".", b" An", b"d", b" we"]
+PIECES = ["It", " end", "ed.", " The", " sk", "y is", " wide", ".", " An", "d", " we"]
 
 
-def test_holes_are_whole_words_and_whole_sentences():
-    words = prices.spans(PIECES, prices.HOLES["a word"])
-    # "ended" and "sky" end within a token
-    assert [b"".join(PIECES[a:b]) for a, b in words] == [b" The", b" wide", b" And", b" we"]
-    assert prices.spans(PIECES, prices.HOLES["a sentence"]) == [(3, 8)]  # " And we" has no end
+def test_holes_are_up_to_three_whole_words_or_sentences_of_a_text():
+    texts = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [0] * 11])  # the second has none
 
+    def dig(name: str) -> list[list[int]]:
+        rows, holes = prices.dig_holes(texts, lambda ids: PIECES[ids[0]], prices.HOLES[name])
+        assert rows.tolist() == [texts[0].tolist()] * len(holes)
+        return sorted(hole.nonzero().flatten().tolist() for hole in holes)
 
-def test_each_text_gets_up_to_three_holes():
-    texts = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [0] * 11])  # the second has no words
-    rows, holes = prices.dig_holes(texts, PIECES.__getitem__, prices.HOLES["a word"])
-    assert rows.tolist() == [texts[0].tolist()] * 3
-    dug = sorted(hole.nonzero().flatten().tolist() for hole in holes)
-    assert dug == [[6], [8, 9], [10]]
+    # Of " The", " wide", " And", " we"; "ended" and "sky" end within a token.
+    assert dig("a word") == [[6], [8, 9], [10]]
+    assert dig("a sentence") == [[3, 4, 5, 6, 7]]  # " And we" has no end
 
 
 def test_prices_tell_orders_apart_and_schedules_are_found(finish):
-    _, result = finish(prices, "--checkpoint run --judge twin --data-dir data/sotu-bytes --texts 4 "
-                               "--calls 8 64 --orders spread random entropy --schedules 2 4")
-    assert list(result["prices"]) == [f"{order}, {calls}" for order in ("spread", "random",
-                                      "entropy") for calls in (8, 64)]
-    for calls in ("2", "4"):
-        committed = result["schedules"][calls][-1]
-        assert len(committed) == int(calls) and sum(committed) == N
-    assert set(result["holes"]) <= set(prices.HOLES)
+    _, result = finish(prices, "--checkpoint run --judge twin --data-dir data/sotu-bytes "
+                               "--num-samples 4 --calls 8 64")
+    assert list(result["orders"]) == list(prices.ORDERS)
+    assert all(len(line) == 2 and min(line) > 0 for line in result["orders"].values())
+    for calls in prices.SCHEDULES:
+        committed = result["schedules"][str(calls)][-1]
+        assert len(committed) == calls and sum(committed) == N
+    assert "a word" in result["holes"]

@@ -1,11 +1,13 @@
 """The model that is shipped is the one that its README tells of."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 import sample
+from experiments import shrink
 from plumbing.checkpoint import load_checkpoint, read_tensors
 
 PRETRAINED = Path(__file__).parents[2] / "pretrained"
@@ -35,3 +37,18 @@ def test_it_is_small_and_writes_english_without_data_or_training(capsys):
     assert text.startswith("The state of the Union") and "in 16 model calls" in numbers
     words = re.findall("[a-z]+", text.lower())
     assert sum(word in ("the", "of", "and", "to", "in", "a") for word in words) > 0.15 * len(words)
+
+
+def test_shrinking_halves_the_bytes_and_rounds_the_weights(workplace, capsys):
+    shutil.copytree("run", "whole")
+    Path("whole/log.jsonl").write_text("{}\n")
+    assert shrink.main(["whole", "small"]) == 0
+    assert "small: 0.1 MB, <= " in capsys.readouterr().out
+    whole, _ = load_checkpoint("whole")
+    small, _ = load_checkpoint("small")
+    for weight, rounded in zip(whole.parameters(), small.parameters(), strict=True):
+        assert (weight.bfloat16().float() == rounded).all()
+    before, after = (Path(folder, "model.safetensors").stat().st_size
+                     for folder in ("whole", "small"))
+    assert after < 0.6 * before
+    assert Path("small/log.jsonl").read_text() == "{}\n"

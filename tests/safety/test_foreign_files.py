@@ -14,6 +14,7 @@ import sys
 import types
 import unittest.mock
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -24,8 +25,7 @@ import prepare_data
 import sample
 import train
 from diffusion import Bound
-from experiments.denoise_page import main as denoise_page
-from experiments.denoise_page import page
+from experiments import denoising
 from experiments.structured import parse as parse_template
 from plumbing import checkpoint
 from plumbing.checkpoint import CheckpointError, load_checkpoint, read_tensors, write_tensors
@@ -382,7 +382,7 @@ def test_a_gigantic_meta_json_is_refused_without_being_read_whole(tmp_path, cont
 
 
 @pytest.mark.parametrize("number, seed", MANY)
-def test_steps_of_any_bytes_make_a_page_or_one_line(tmp_path, number, seed, capsys, figure):
+def test_steps_of_any_bytes_make_a_picture_or_one_line(tmp_path, number, seed, capsys, figure):
     steps = b"".join(json.dumps({"step": i, "tokens": [[i, 2, 3]], "texts": [["a", None, "c"]],
                                  "probability": [[0.5, 0, 1]]}).encode() + b"\n" for i in range(3))
     chance = random.Random(seed)
@@ -390,7 +390,8 @@ def test_steps_of_any_bytes_make_a_page_or_one_line(tmp_path, number, seed, caps
     for _ in range(number):
         (tmp_path / "steps.jsonl").write_bytes(mutate(steps, chance))
         try:
-            codes.append(denoise_page([str(tmp_path / "steps.jsonl"), str(tmp_path / "page.html")]))
+            codes.append(denoising.main([str(tmp_path / name)
+                                         for name in ("steps.jsonl", "picture.svg")]))
         except SystemExit as stop:  # argparse's way to refuse
             codes.append(stop.code)
         assert codes[-1] in (0, 2) and capsys.readouterr().err.count("\n") == (codes[-1] == 2)
@@ -491,15 +492,17 @@ def test_what_a_model_writes_cannot_drive_the_terminal(ids, whole):
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(ANY_TEXT | st.sampled_from(["</script><script>alert(1)</script>", "<!--", "]]>",
-                                            "\u2028"]), min_size=1))
-def test_no_text_gets_out_of_its_place_in_the_page(texts):
-    row = list(range(len(texts)))
-    html = page([{"step": 0, "tokens": [row], "texts": [texts], "probability": [[1.0] * len(row)]}])
-    plain = page([{"step": 0, "tokens": [[0]], "texts": [["x"]], "probability": [[1.0]]}])
-    assert html.count("<") == plain.count("<")  # no markup but the page's own
-    found = json.loads(re.search(r'id="frames">(.*?)</script>', html, re.S)[1])
-    assert found[0]["texts"] == [texts]
+@given(st.lists(ANY_TEXT | st.sampled_from(["</text><script>alert(1)</script>", "<!--", "]]>",
+                                            "\u2028", "&amp;"]), min_size=1))
+def test_no_text_gets_out_of_its_place_in_the_picture(texts):
+    probability = [[1.0] * len(texts)]
+    hidden = {"texts": [[None] * len(texts)], "probability": probability}
+    picture = denoising.picture([hidden, {"texts": [texts], "probability": probability}])
+    svg = ElementTree.fromstring(picture.encode())
+    shown = [title.tail for title in svg.iter("{http://www.w3.org/2000/svg}title")]
+    assert shown == [text.lstrip() for _, _, text in denoising.lay_out(texts) if text.strip()]
+    tags = {element.tag.split("}")[1] for element in svg.iter()}
+    assert tags <= {"svg", "style", "rect", "g", "animate", "text", "title"}  # the picture's own
 
 
 def test_score_reads_a_file_as_it_is(tmp_path, capsys):
