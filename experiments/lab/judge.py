@@ -44,6 +44,8 @@ class Twins(NamedTuple):
 def load_twins(checkpoint: str | Path, judge: str | Path, data_dir: str | Path) -> Twins:
     """Both models and their data. CheckpointError, ConfigError or DataError if they don't fit."""
     model, info = load_checkpoint(checkpoint)
+    if model.config.causal:
+        raise ConfigError(f"{checkpoint} is autoregressive: it is the judge, --judge {checkpoint}")
     if not (Path(judge) / "model.safetensors").exists():
         raise CheckpointError(
             f"{judge}/model.safetensors does not exist; train the judge with the settings of "

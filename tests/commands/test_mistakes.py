@@ -19,6 +19,7 @@ COMMANDS = [
     ("sampling", "steps --checkpoint=nowhere", "nowhere/model.safetensors does not exist"),
     ("sampling", "orders --judge=nowhere", "--objective autoregressive --out-dir nowhere"),
     ("sampling", "methods --judge=run", "run is no autoregressive twin of run"),
+    ("sampling", "methods --checkpoint=twin", "twin is autoregressive: it is the judge"),
     ("training", "speed", "invalid choice: 'speed'"),
     ("training", "masking --steps=0", "must be at least 1, not 0"),
     ("training", "masking --only nothing", "'nothing' is no row of masking: choose from"),
