@@ -9,9 +9,8 @@ without seeing each other: its price is the mean height of the staircase (diffus
 import sys
 
 import numpy as np
-import torch
 
-from diffusion import Curve, hidden_counts, schedule_nelbo, smooth
+from diffusion import Curve, schedule_nelbo, smooth
 from experiments.lab.command import flags, report
 from experiments.lab.pictures import draw
 from plumbing.checkpoint import load_checkpoint
@@ -24,7 +23,7 @@ def paint(panels, curve: Curve, prices: dict[int, float]) -> None:
     line = smooth(curve)
     written = curve.N - np.array(line.counts)  # left to right: as a text fills up
     for panel, steps in zip(panels, (4, 16), strict=True):
-        m = hidden_counts("linear", torch.tensor([curve.N]), steps)[:, 0].numpy()  # from N to 0
+        m = np.linspace(curve.N, 0, steps + 1)  # hidden before each call, at last none
         panel.stairs(np.interp(m[:-1], line.counts, line.nats), curve.N - m, fill=True,
                      color="tab:orange", alpha=0.5, label=f"{steps} calls: <= {prices[steps]:.2f}")
         panel.fill_between(written, line.nats, color="tab:blue", alpha=0.8,

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from oracles import EXACT, FOX, Fixed, T, V, seeded
 
 import diffusion
-from diffusion import Masking
+from diffusion import Curve, Masking
 from experiments import (
     domain,
     layers,
+    staircase,
     training,
 )
 from model import ModelConfig, Transformer, norm
-from plumbing.checkpoint import load_checkpoint
+from plumbing.checkpoint import load_checkpoint, read_tensors, write_tensors
 from prepare_data import TokenFile, get_tokenizer, write_dataset
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,6 +34,22 @@ def config_of(name: str) -> dict:
 # --- The recipe -----------------------------------------------------------------------------------
 
 
+
+
+# --- Staircase ------------------------------------------------------------------------------------
+
+
+def test_the_staircase_of_a_checkpoint(finish):
+    tensors, info = read_tensors(Path("run/model.safetensors"))
+    curve = Curve(32, [1, 16, 32], [2.0, 3.0, 4.0], [0.1, 0.1, 0.1])
+    Path("curved").mkdir()
+    write_tensors(Path("curved/model.safetensors"), tensors,
+                  info | {"evaluation": {"nats": 2.9, "curve": curve._asdict()}})
+    lines, result = finish(staircase, "--checkpoint curved")
+    assert list(result["calls"]) == ["4", "16", "32"] and result["calls"]["32"] == 2.9
+    # 8 tokens in each call, at the price of the first of them.
+    expected = (4 + 3.5 + 3 + np.interp(8, *curve[1:3])) / 4
+    assert result["calls"]["4"] == pytest.approx(expected)
 
 
 # --- Layers ---------------------------------------------------------------------------------------
