@@ -149,8 +149,8 @@ def main(arguments: list[str]) -> None:
     chain = make_chain(len(LETTERS), seed=0)
     data_dir = OUT / "proof-corpus/data"
     write_corpus(chain, data_dir, args.tokens)
-    settings = ["--data-dir", str(data_dir), "--eval-rows", str(args.rows), "--final-eval-rows",
-                str(args.rows), *SETTINGS, *settings]
+    settings = [*SETTINGS, *settings, "--data-dir", str(data_dir), "--eval-rows", str(args.rows),
+                "--final-eval-rows", str(args.rows)]
     ours, twins = ([trained(f"proof-corpus/{objective}-{seed}", *settings, "--objective", objective,
                             "--seed", str(seed)) for seed in args.seeds]
                    for objective in ("diffusion", "autoregressive"))

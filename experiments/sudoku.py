@@ -23,15 +23,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from diffusion import corrupt, keyed_generator, loss
+from diffusion import Model, corrupt, keyed_generator, loss
 from experiments.lab.command import at_least, count, flags, report, several
-from experiments.lab.judge import fraction_and_error
+from experiments.lab.judge import fraction_and_error, write
 from experiments.lab.pictures import draw
 from experiments.lab.runs import autocast
 from model import Transformer
 from plumbing.command import command
 from plumbing.machine import choose_dtype, compiled, keep_freed_memory
-from sample import denoise, left_to_right_model
+from sample import left_to_right_model
 from train import TrainConfig, build_optimizers
 
 CELLS = 36
@@ -129,22 +129,20 @@ def learn(cfg: TrainConfig, vocab_size: int, rows: Tensor) -> Transformer:
     return model.requires_grad_(False)
 
 
-def write(model: nn.Module, x: Tensor, mask_id: int = EMPTY, **options) -> Tensor:
-    """(S+1,B,T): x (B,T) before and after each model call, written greedily."""
-    with autocast():
-        generator = keyed_generator(1, 0, "write")
-        states = denoise(model, x, mask_id, generator, temperature=0.0, **options)
-        return torch.stack([state.tokens for state in states])
+def fill(model: Model, x: Tensor, mask_id: int = EMPTY, **options) -> Tensor:
+    """(S+1,B,T): x (B,T) before and after each model call, filled greedily."""
+    states, _ = write(model, x, mask_id, temperature=0.0, **options)
+    return torch.stack([state.tokens for state in states])
 
 
-def write_as_gpt(twin: nn.Module, puzzles: Tensor) -> Tensor:
+def fill_as_gpt(twin: Model, puzzles: Tensor) -> Tensor:
     """The same of GPT, for puzzles (B,36). It need not write the clues again: they are given."""
     x = torch.cat([puzzles, puzzles.where(puzzles != EMPTY, START)], 1)  # (B,72)
-    states = write(left_to_right_model(twin, START), x, START, order="left_to_right")
+    states = fill(left_to_right_model(twin, START), x, START, order="left_to_right")
     return states[:, :, CELLS:]
 
 
-def compare(model: nn.Module, twin: nn.Module, puzzles: Tensor, easier: Tensor,
+def compare(model: Model, twin: Model, puzzles: Tensor, easier: Tensor,
             truth: Tensor) -> dict[str, dict]:
     """Who solves what in how many calls, printed: {who: {column: (fraction, error)}}; (B,36)."""
     columns = {f"{calls} calls": (puzzles, calls) for calls in (22, 8, 4, 1)}
@@ -156,8 +154,8 @@ def compare(model: nn.Module, twin: nn.Module, puzzles: Tensor, easier: Tensor,
         for name, (boards, calls) in columns.items():
             if who == "GPT" and calls < 18:  # it needs a call for each hidden cell
                 continue
-            states = (write_as_gpt(twin, boards) if who == "GPT"
-                      else write(model, boards, order=who, steps=calls))
+            states = (fill_as_gpt(twin, boards) if who == "GPT"
+                      else fill(model, boards, order=who, steps=calls))
             row[name] = fraction_and_error((states[-1] == truth).all(1))
         cells = ("{:.1%} +- {:.1%}".format(*row[name]) if name in row else "-" for name in columns)
         print(f"{who:16}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
@@ -208,8 +206,8 @@ def main(arguments: list[str]) -> None:
     twin = learn(replace(cfg, objective="autoregressive", context_length=2 * CELLS,
                          prefix_length=CELLS), START, train)
     table = compare(model, twin, puzzles, easier[:, :CELLS], truth)
-    ours = write(model, puzzles, order="margin")
-    gpts = write_as_gpt(twin, puzzles)
+    ours = fill(model, puzzles, order="margin")
+    gpts = fill_as_gpt(twin, puzzles)
     right, also_right = ((states[-1] == truth).all(1) for states in (ours, gpts))
     b = int((right & ~also_right).int().argmax())  # diffusion solves it, GPT doesn't, if there is
     boards = {"diffusion": ours[:, b], "GPT": gpts[:, b]}

@@ -91,12 +91,12 @@ def test_held_out_grids_are_never_trained_on(monkeypatch):
 
 def test_a_network_that_knows_the_solutions_solves_all():
     for order, calls in itertools.product(ORDERS, (22, 4, 1)):
-        states = sudoku.write(Oracle(GRIDS), PUZZLES, order=order, steps=calls)
+        states = sudoku.fill(Oracle(GRIDS), PUZZLES, order=order, steps=calls)
         assert len(states) == calls + 1 and torch.equal(states[-1], GRIDS)
         assert torch.equal(states[0], PUZZLES)
         clues = PUZZLES != EMPTY
         assert all(torch.equal(state[clues], PUZZLES[clues]) for state in states)
-    states = sudoku.write_as_gpt(LeftToRightOracle(GRIDS), PUZZLES)
+    states = sudoku.fill_as_gpt(LeftToRightOracle(GRIDS), PUZZLES)
     assert len(states) == 22 + 1 and torch.equal(states[-1], GRIDS)
     first_hole = (PUZZLES == EMPTY).int().argmax(1)
     assert torch.equal((states[1] != states[0]).int().argmax(1), first_hole)
@@ -117,7 +117,7 @@ def test_who_solves_what_is_counted(monkeypatch, capsys):
     wrong = GRIDS.roll(1, 0)  # of which a quarter is right
     wrong[:3] = GRIDS[:3]
     monkeypatch.setattr(sudoku, "ORDERS", ("random",))
-    monkeypatch.setattr(sudoku, "write_as_gpt", lambda twin, boards: GRIDS[None])
+    monkeypatch.setattr(sudoku, "fill_as_gpt", lambda twin, boards: GRIDS[None])
     table = sudoku.compare(Oracle(wrong), None, PUZZLES, EASIER[:, :CELLS], GRIDS)
     assert {name: share for name, (share, error) in table["random"].items()} == {
         "22 calls": 0.25, "8 calls": 0.25, "4 calls": 0.25, "1 calls": 0.25, "18 clues": 0.25}
