@@ -7,17 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from oracles import EXACT, FOX, T, V, seeded
+import torch.nn.functional as F
+from oracles import EXACT, FOX, Fixed, T, V, seeded
 
 import diffusion
-from diffusion import Masking
+from diffusion import Curve, Masking
 from experiments import (
     domain,
     layers,
+    staircase,
     training,
 )
-from model import ModelConfig, Transformer
-from plumbing.checkpoint import load_checkpoint
+from model import ModelConfig, Transformer, norm
+from plumbing.checkpoint import load_checkpoint, read_tensors, write_tensors
 from prepare_data import TokenFile, get_tokenizer, write_dataset
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,6 +37,22 @@ def config_of(pattern: str) -> dict:
 
 
 
+# --- Staircase ------------------------------------------------------------------------------------
+
+
+def test_the_staircase_of_a_checkpoint(finish):
+    tensors, info = read_tensors(Path("run/model.safetensors"))
+    curve = Curve(32, [1, 16, 32], [2.0, 3.0, 4.0], [0.1, 0.1, 0.1])
+    Path("curved").mkdir()
+    write_tensors(Path("curved/model.safetensors"), tensors,
+                  info | {"evaluation": {"nats": 2.9, "curve": curve._asdict()}})
+    lines, result = finish(staircase, "--checkpoint curved")
+    assert list(result["calls"]) == ["4", "16", "32"] and result["calls"]["32"] == 2.9
+    # 8 tokens in each call, at the price of the first of them.
+    expected = (4 + 3.5 + 3 + np.interp(8, *curve[1:3])) / 4
+    assert result["calls"]["4"] == pytest.approx(expected)
+
+
 # --- Layers ---------------------------------------------------------------------------------------
 
 
@@ -43,65 +61,51 @@ def network(networks) -> Transformer:
     return load_checkpoint(networks / "run")[0].requires_grad_(False)
 
 
-def test_the_lens_at_the_last_layer_is_the_model(network):
+def test_a_lens_is_the_network_cut_short(network):
     tokens = torch.randint(258, (3, 64), generator=seeded(0))
     positions = torch.tensor([0, 5, 64, 191])
-    logits = layers.lens(network, tokens, positions)
-    assert logits.shape == (3, 4, 257)
-    torch.testing.assert_close(logits[-1], network(tokens, positions))
-    first = Transformer(ModelConfig(257, 64, n_layer=1, n_head=2, n_embd=32))  # it ends there
-    first.load_state_dict({name: tensor for name, tensor in network.state_dict().items()
-                           if not name.startswith("blocks.1")})
-    torch.testing.assert_close(logits[1], first(tokens, positions))
+    for blocks in (1, 2):
+        cut = Transformer(ModelConfig(257, 64, n_layer=blocks, n_head=2, n_embd=32))
+        cut.load_state_dict({name: tensor for name, tensor in network.state_dict().items()
+                             if blocks == 2 or not name.startswith("blocks.1")})
+        torch.testing.assert_close(layers.lens(network, blocks)(tokens, positions),
+                                   cut(tokens, positions))
+    x = norm(network.embedding.weight[tokens.flatten()[positions]])
+    torch.testing.assert_close(layers.lens(network, 0)(tokens, positions),
+                               x @ network.embedding.weight[:257].T)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_the_weights_are_those_of_the_forward_pass(network, causal, monkeypatch):
+def test_the_weights_are_those_of_the_forward_pass(network):
     tokens = torch.randint(258, (2, 16), generator=seeded(1))
     seen = []
 
     def reproduce(attention, inputs, output):
-        weights, v = layers.attention_weights(attention, *inputs)
+        weights = layers.attention_weights(attention, *inputs)
+        v = attention.qkv(inputs[0])[..., -32:].view(2, 16, 2, 16).transpose(1, 2)  # (B,H,T,D)
         y = attention.proj((weights @ v).transpose(1, 2).reshape(output.shape))
         torch.testing.assert_close(y, output)
         seen.append(weights)
 
-    for block in network.blocks:
-        monkeypatch.setattr(block.attention, "causal", causal)
     hooks = [block.attention.register_forward_hook(reproduce) for block in network.blocks]
     network(tokens)
     for hook in hooks:
         hook.remove()
     torch.testing.assert_close(layers.all_attention(network, tokens), torch.stack(seen))
-    assert (seen[1].triu(1) == 0).all() == causal
 
 
-def test_habits_of_heads_that_do_one_thing():
-    eye = torch.eye(6)
-    heads = torch.stack([eye, eye.roll(2, 1), torch.full((6, 6), 1 / 6)])[None, None]  # (1,1,3,6,6)
-    mask = torch.tensor([[True, True, False, False, False, False]])
-    habits = {name: value[0].tolist() for name, value in layers.look(heads, mask).items()}
-    assert habits["hidden"] == pytest.approx([1 / 3] * 3)
-    assert habits["itself"] == pytest.approx([1, 0, 1 / 6])
-    # Two of the six wrap around, 4 away.
-    assert habits["neighbours"] == pytest.approx([0, 4 / 6, 18 / 36])
-    assert habits["distance"] == pytest.approx([0, (4 * 2 + 2 * 4) / 6, 70 / 36])
-
-
-def test_what_is_decided_is_what_will_be_written(network):
-    x = torch.full((2, 12), 257)
-    fractions, written = layers.decided(network, x, steps=12)
-    assert fractions.shape == (3, 12) and (written < 257).all()
-    first_choice = layers.lens(network, x, torch.arange(24)).argmax(-1)
-    expected = (first_choice == written.flatten()).float().mean(1)
-    # In bfloat16 a choice may differ.
-    torch.testing.assert_close(fractions[:, 0], expected, atol=0.1, rtol=0)
+def test_what_is_decided_is_what_will_be_written():
+    lenses = {"knows": Fixed(F.one_hot(torch.tensor([2, 0, 1]), 3)),
+              "says 0": Fixed(F.one_hot(torch.tensor([0, 0, 0]), 3))}
+    states = torch.tensor([[[3, 3, 3]], [[3, 0, 3]], [[3, 0, 1]], [[2, 0, 1]]])  # 3: hidden
+    assert layers.decided(lenses, list(states), 3) == {
+        "knows": [1, 1, 1], "says 0": [pytest.approx(1 / 3), 0, 0]}
 
 
 def test_layers(finish):
     lines, result = finish(layers, "--checkpoint run --rows 8 --num-samples 2 --text f[MASK:2]x")
     assert list(result["ce"]) == ["embedding", "block 1", "block 2"]
-    assert all(len(row) == len(layers.LEVELS) for row in result["ce"].values())
+    assert all(list(row) == ["1", "6", "13", "19", "26", "32", "38", "45", "51", "58", "64"]
+               for row in result["ce"].values())
     assert len(result["decided"]["block 2"]) == 16
     guesses = next(line for line in lines if line.startswith("block 1"))
     assert guesses.count("%") == 6  # three for each hole

@@ -1,4 +1,4 @@
-"""The sudoku experiment: its puzzles against brute force, its judge, an oracle, and to its end."""
+"""The sudoku experiment: its puzzles against brute force, two oracles, and to its end."""
 
 import itertools
 import random
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from oracles import at, seeded
 
 from experiments import sudoku
-from experiments.sudoku import CELLS, EMPTY, HOLES, ORDERS, START, make_data, solved
+from experiments.sudoku import CELLS, EMPTY, ORDERS, START, make_data
 
-TRAIN, HELD_OUT = make_data(num_train=80, num_held_out=12, seed=1)
+TRAIN, HELD_OUT, EASIER = make_data(num_train=80, num_held_out=12, seed=1)
 PUZZLES, GRIDS = HELD_OUT.split(CELLS, 1)
 
 
@@ -64,7 +64,7 @@ class LeftToRightOracle(Oracle):
 def test_puzzles_are_valid_and_have_one_solution(rows):
     for row in rows.tolist():
         puzzle, grid = row[:CELLS], row[CELLS:]
-        assert CELLS - 22 <= puzzle.count(EMPTY) <= HOLES and valid(grid)
+        assert CELLS - 22 <= puzzle.count(EMPTY) <= 22 and valid(grid)
         assert brute_force(puzzle) == [grid]
 
 
@@ -80,55 +80,55 @@ def test_held_out_grids_are_never_trained_on(monkeypatch):
     grids = set(map(tuple, TRAIN[:, CELLS:].tolist()))
     assert len(grids) > 40 and grids.isdisjoint(map(tuple, GRIDS.tolist()))
     # The only puzzle there is, and half of the rows are not disguised: that half is left out.
-    monkeypatch.setattr(sudoku, "make_puzzle", lambda rng: HELD_OUT[0].tolist())
-    other = TRAIN[:1]
-    monkeypatch.setattr(sudoku, "disguise", lambda rows, generator: torch.cat(
-        [rows[::2], other.expand(len(rows) // 2, -1)]))
-    train, held_out = make_data(10, 2, seed=1)
-    assert torch.equal(train[:, CELLS:], other[:, CELLS:].expand(5, -1))
-    assert torch.equal(held_out, HELD_OUT[[0, 0]])
-
-
-def test_solved_counts_correctly():
-    assert solved(GRIDS, PUZZLES).all()
-    for cell in range(CELLS):
-        wrong = GRIDS.clone()
-        wrong[0, cell] = (wrong[0, cell] + 1) % 6  # in a clue or not
-        assert solved(wrong, PUZZLES).tolist() == [False] + [True] * (len(GRIDS) - 1)
-    assert not solved(GRIDS.roll(1, 0), PUZZLES).any()  # a valid grid that breaks clues
-    assert not solved(PUZZLES, PUZZLES).any()
-    assert solved(GRIDS.roll(1, 0), torch.full_like(GRIDS, EMPTY)).all()  # nothing to break
+    known, other = HELD_OUT[:2].tolist()
+    turns = itertools.cycle([known, other])
+    monkeypatch.setattr(sudoku, "make_puzzle", lambda rng: known)
+    monkeypatch.setattr(sudoku, "disguise", lambda row, rng: next(turns))
+    train, held_out, _ = make_data(10, 2, seed=1)
+    assert train[:, CELLS:].tolist() == [other[CELLS:]] * 5
+    assert held_out.tolist() == [known, known]
 
 
 def test_a_network_that_knows_the_solutions_solves_all():
     for order, calls in itertools.product(ORDERS, (22, 4, 1)):
-        states = sudoku.write(Oracle(GRIDS), PUZZLES, order=order, steps=calls)
-        assert len(states) == calls + 1 and solved(states[-1], PUZZLES).all()
+        states = sudoku.fill(Oracle(GRIDS), PUZZLES, order=order, steps=calls)
+        assert len(states) == calls + 1 and torch.equal(states[-1], GRIDS)
         assert torch.equal(states[0], PUZZLES)
         clues = PUZZLES != EMPTY
         assert all(torch.equal(state[clues], PUZZLES[clues]) for state in states)
-    states = sudoku.write_as_gpt(LeftToRightOracle(GRIDS), PUZZLES)
-    assert len(states) == HOLES + 1 and torch.equal(states[-1], GRIDS)
+    states = sudoku.fill_as_gpt(LeftToRightOracle(GRIDS), PUZZLES)
+    assert len(states) == 22 + 1 and torch.equal(states[-1], GRIDS)
     first_hole = (PUZZLES == EMPTY).int().argmax(1)
     assert torch.equal((states[1] != states[0]).int().argmax(1), first_hole)
     assert ((states[1] != states[0]).sum(1) == 1).all()
 
 
 def test_easier_puzzles_have_more_of_the_same_solution():
-    for clues in (14, 18, 36):
-        easier = sudoku.reveal(PUZZLES, GRIDS, clues, seeded(0))
-        given = PUZZLES != EMPTY
-        assert torch.equal(easier[given], PUZZLES[given])
-        assert ((easier == GRIDS) | (easier == EMPTY)).all()
-        assert ((easier != EMPTY).sum(1) == clues).all()
+    easier, grids = EASIER.split(CELLS, 1)
+    assert torch.equal(grids, GRIDS)
+    assert torch.equal(easier[PUZZLES != EMPTY], PUZZLES[PUZZLES != EMPTY])
+    assert ((easier == GRIDS) | (easier == EMPTY)).all()
+    assert ((PUZZLES != EMPTY).sum(1) == 14).all() and ((easier != EMPTY).sum(1) == 18).all()
+    clues = (TRAIN[:, :CELLS] != EMPTY).sum(1)
+    assert (clues.min(), clues.max()) == (14, 22)
+
+
+def test_who_solves_what_is_counted(monkeypatch, capsys):
+    wrong = GRIDS.roll(1, 0)  # of which a quarter is right
+    wrong[:3] = GRIDS[:3]
+    monkeypatch.setattr(sudoku, "ORDERS", ("random",))
+    monkeypatch.setattr(sudoku, "fill_as_gpt", lambda twin, boards: GRIDS[None])
+    table = sudoku.compare(Oracle(wrong), None, PUZZLES, EASIER[:, :CELLS], GRIDS)
+    assert {name: share for name, (share, error) in table["random"].items()} == {
+        "22 calls": 0.25, "8 calls": 0.25, "4 calls": 0.25, "1 calls": 0.25, "18 clues": 0.25}
+    assert {name: share for name, (share, error) in table["GPT"].items()} == {
+        "22 calls": 1, "18 clues": 1}
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["random", "25.0%"]
 
 
 def test_sudoku(finish):
-    flags = "--steps 3 --batch-size 8 --train-boards 40 --boards 6 --calls 4 1 --no-compile"
+    flags = "--steps 2 --train-boards 40 --boards 6 --no-compile"
     lines, result = finish(sudoku, flags)
-    assert [row["clues"] for row in result["by clues"]] == [14, 16, 18, 22] * 3
-    assert [row["calls"] for row in result["by calls"]] == [4, 1] * len(ORDERS) + [HOLES]
-    for order in ORDERS:
-        found = sum(line.startswith(f"diffusion, {order}") for line in lines)
-        assert found == 1 + (order in ("margin", "random"))  # two tables
+    assert list(result) == [*ORDERS, "GPT"]
+    assert all(sum(line.startswith(who + " ") for line in lines) == 1 for who in result)
     assert finish(sudoku, flags)[1] == result  # the same seed, the same numbers
