@@ -20,18 +20,16 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 from diffusion import Model
 from experiments.lab.command import flags_with_judge, report
-from experiments.lab.judge import fraction_and_error, judge, load_twins, print_row
+from experiments.lab.judge import fraction_and_error, judge, load_twins, print_row, write
 from experiments.lab.pictures import draw
-from experiments.lab.runs import autocast
 from plumbing.adjust import Adjust
 from plumbing.command import command
 from plumbing.config import ConfigError
 from prepare_data import DataError, TokenFile, get_tokenizer
-from sample import generate
 
 
 def classifier_guidance(score, strength: float = 1.0, candidates: int = 32) -> Adjust:
@@ -144,9 +142,9 @@ def main(arguments: list[str]) -> None:
         ("classifier-free, 2", begun, stronger(2)),
         ("classifier-free, 4", begun, stronger(4)),
     ):
-        with autocast():
-            say(name, generate(twins.model, start, twins.mask_id, Generator().manual_seed(1),
-                               order="spread", steps=16, top_k=200, adjust=adjust))
+        states = write(twins.model, start, twins.mask_id, order="spread", steps=16, top_k=200,
+                       adjust=adjust)
+        say(name, states[-1].tokens)
     draw(args.picture, lambda axes: paint(axes, rows), width=7)
     report({"rows": rows})
 

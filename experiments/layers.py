@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> None:
             for hole in zip(best.values.tolist(), best.indices.tolist(), strict=True)))
 
     x = torch.full((args.num_samples, T), mask_id)
-    states, _ = write(model, x, mask_id, order="spread", steps=16, top_k=200)
+    states = write(model, x, mask_id, order="spread", steps=16, top_k=200)
     with autocast():
         curves = {name: measure_curve(network, x_0, mask_id, 10, "layers")
                   for name, network in lenses.items()}

@@ -131,7 +131,7 @@ def learn(cfg: TrainConfig, vocab_size: int, rows: Tensor) -> Transformer:
 
 def fill(model: Model, x: Tensor, mask_id: int = EMPTY, **options) -> Tensor:
     """(S+1,B,T): x (B,T) before and after each model call, filled greedily."""
-    states, _ = write(model, x, mask_id, temperature=0.0, **options)
+    states = write(model, x, mask_id, temperature=0.0, **options)
     return torch.stack([state.tokens for state in states])
 
 

@@ -68,6 +68,12 @@ def real_text(twins: Twins, rows: int) -> Tensor:
     return torch.from_numpy(twins.val.spread(rows, twins.N))
 
 
+def write(model: Model, x: Tensor, mask_id: int, **options) -> list[State]:
+    """All states of `denoise`, in bfloat16 where the hardware has it, with seed 1."""
+    with autocast(x.device.type):
+        return list(denoise(model, x, mask_id, Generator().manual_seed(1), **options))
+
+
 def words(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
 
@@ -112,10 +118,8 @@ def judge(twins: Twins, tokens: Tensor) -> dict[str, float]:
 def judged(twins: Twins, sampler: str, x: Tensor, network: Model | None = None,
            **options) -> tuple[dict, list[State]]:
     """Let the model (or `network`) fill the holes of x: (a row of the table, all states)."""
-    generator = Generator().manual_seed(1)
     started = time.perf_counter()
-    with autocast(x.device.type):
-        states = list(denoise(network or twins.model, x, twins.mask_id, generator, **options))
+    states = write(network or twins.model, x, twins.mask_id, **options)
     seconds = time.perf_counter() - started
     speed = int((x == twins.mask_id).sum()) / seconds
     row = {"sampler": sampler, "calls": states[-1].calls, "tokens_per_second": round(speed)}

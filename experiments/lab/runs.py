@@ -71,7 +71,6 @@ class Point(NamedTuple):
     step: int
     tokens: int
     nats: float  # per token of validation text
-    rows: int
     bits_per_byte: float
     curve: Curve | None  # CE(m); None for GPT
 
@@ -90,7 +89,7 @@ def read_run(folder: Path) -> Run:
     text = (folder / "log.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     tokens = config["batch_size"] * config["context_length"]  # of a step
-    points = {line["step"]: Point(line["step"], line["step"] * tokens, line["nats"], line["rows"],
+    points = {line["step"]: Point(line["step"], line["step"] * tokens, line["nats"],
                                   line["bits_per_byte"], line["curve"] and Curve(**line["curve"]))
               for line in lines if "nats" in line}
     return Run(config, [line for line in lines if "loss" in line], list(points.values()))

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,6 @@ def config_of(pattern: str) -> dict:
     """Of the only training whose folder is called so."""
     (path,) = Path("out/experiments/training").glob(f"{pattern}/config.json")
     return json.loads(path.read_text())
-
-
-# --- The recipe -----------------------------------------------------------------------------------
-
-
 
 
 # --- Staircase ------------------------------------------------------------------------------------
