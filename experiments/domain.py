@@ -45,14 +45,14 @@ SAMPLERS = {
 SIZE = 3  # tokens of a hole
 
 
-def prepare(source: Path, folder: str) -> None:
+def prepare(source: Path, folder: str, tokenizer: str) -> None:
     """Make the corpus from the Python files below `source`, as a user would make it, once."""
     if not (Path(folder) / "meta.json").exists():
         files = [str(path) for path in sorted(source.rglob("*.py"))
                  if not LEFT_OUT & set(path.relative_to(source).parts)]
         if not files:
             raise DataError(f"no Python files in {source}: name another --source")
-        if code := prepare_data.main([*files, "--tokenizer", "bpe:2048", "--out-dir", folder]):
+        if code := prepare_data.main([*files, "--tokenizer", tokenizer, "--out-dir", folder]):
             sys.exit(code)
 
 
@@ -125,11 +125,12 @@ def main(arguments: list[str]) -> None:
     add = parser.add_argument
     add("--source", type=Path, default=Path(sysconfig.get_paths()["stdlib"]),
         help="folder of Python files")
+    add("--tokenizer", default="bpe:2048", help="(default: %(default)s)")
     add("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
     add("--steps", type=count, default=600, help="of training (default: %(default)s)")
     add("--num-samples", type=several, default=32, help="texts of each sampler (default: 32)")
     args = parser.parse_args(arguments)
-    prepare(args.source, args.data_dir)
+    prepare(args.source, args.data_dir, args.tokenizer)
     folder = trained("python", "--data-dir", args.data_dir, "--steps", str(args.steps),
                      config=args.config)
     model, info = load_checkpoint(folder)

@@ -14,6 +14,7 @@ random ones, on the same text and masks, each from --seeds. The mean over seeds 
     100 steps, 9% hidden  CE(m) after it, a point of the curve of which the NELBO is the mean height
 """
 
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -79,9 +80,9 @@ def load_roberta(folder: Path) -> Roberta:
     options = dict(local_files_only=True, use_safetensors=True, dtype=torch.float32,
                    attn_implementation="sdpa", output_loading_info=True)
     try:
-        kind = transformers.RobertaConfig.get_config_dict(folder, local_files_only=True)[0]
-        if kind.get("model_type") != "roberta" or kind.get("is_decoder"):
-            raise ValueError(f"its model_type is {kind.get('model_type')!r}")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config["model_type"] != "roberta" or config.get("is_decoder"):
+            raise ValueError("its model_type is not roberta, or it is a decoder")
         network, found = transformers.RobertaForMaskedLM.from_pretrained(folder, **options)
         if missing := sorted(found["missing_keys"]):  # transformers has filled them with noise
             raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]}")
