@@ -105,7 +105,7 @@ def judge(name: str, verdicts: list[list[bool]]) -> dict:
 def judge_lines(name: str, texts: list[list[str]]) -> dict:
     """A row with an example: of the lines of each of some texts."""
     good = [line.strip() for lines in texts for line in lines if parses(line)]
-    example = min(good, key=lambda line: abs(len(line) - 24), default="")
+    example = min(good, key=lambda line: abs(len(line) - 24), default="")  # of a usual length
     row = judge(name, [[parses(line) for line in lines] for lines in texts])
     return row | {" one of them": example[:40]}
 

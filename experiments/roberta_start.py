@@ -44,7 +44,7 @@ except ImportError:
 ROWS = 32  # of a step
 LENGTH = 64  # tokens of a row
 EVAL_ROWS = 256  # of validation text
-SHAPE = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=3, intermediate_size=768,
+SMALL = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=3, intermediate_size=768,
              max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
 
 
@@ -124,10 +124,8 @@ def random_roberta(config, tokenizer, seed: int) -> Roberta:
 
 
 def read_tokens(folder: str, split: str, tokenizer) -> Tensor:
-    """(n,) int64: a split of a data folder in RoBERTa's tokens, empty lines between its documents.
-
-    (RoBERTa separates them by </s>, which must not be written.)
-    """
+    """(n,) int64: a split of a data folder in RoBERTa's tokens, an empty line after each document
+    (RoBERTa has </s> there, which must not be written)."""
     file = TokenFile(folder, split)
     text = get_tokenizer(file.tokenizer, folder).decode(file.tokens.tolist())
     documents = [document + "\n\n" for document in text.split("<|endoftext|>") if document]
@@ -142,7 +140,7 @@ def read_tokens(folder: str, split: str, tokenizer) -> Tensor:
 
 def train(model: Roberta, tokens: Tensor, objective: str, steps: int, rate: float,
           seed: int) -> Iterator[int]:
-    """Train on random windows of `tokens` (n,), and yield the number of steps done: 0, 1, 2 ...
+    """Train on random windows of `tokens` (n,); yield the number of steps done: 0, 1, 2 ...
 
     The windows and the masks of a step depend on the seed alone. Nothing is compiled: for runs this
     short that takes longer than it saves.
@@ -161,11 +159,11 @@ def train(model: Roberta, tokens: Tensor, objective: str, steps: int, rate: floa
             value = loss(model, hand_over(batch, device))
         if not value.isfinite():
             raise FloatingPointError(f"the loss of step {step} is {value.item()}")
+        optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 50)  # a short warmup
         optimizer.step()
-        optimizer.zero_grad()
         if step % 50 == 0:
             print(f"{objective}, step {step} of {steps}: loss {value.item():.3f}", file=sys.stderr)
         yield step
@@ -178,7 +176,7 @@ def pretrained(data_dir: str, steps: int, device: torch.device) -> Path:
         letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # of the 256 bytes
         words = ["<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>"]
         tokenizer = transformers.RobertaTokenizerFast({word: i for i, word in enumerate(words)})
-        config = transformers.RobertaConfig(vocab_size=len(words), **SHAPE)
+        config = transformers.RobertaConfig(vocab_size=len(words), **SMALL)
         model = random_roberta(config, tokenizer, seed=1).to(device)
         tokens = read_tokens(data_dir, "train", tokenizer)
         for _ in train(model, tokens, "mlm", steps, rate=3e-4, seed=0):
@@ -192,11 +190,12 @@ def pretrained(data_dir: str, steps: int, device: torch.device) -> Path:
 
 def paint(axes, runs: dict[str, list[list[Bound]]], marks: list[int]) -> None:
     """Left the bounds by step, right the losses by mask ratio; both of the first seed."""
+    curves = {"RoBERTa itself": runs["from RoBERTa"][0][0].curve}
     for start, (bounds, *_) in runs.items():
         axes[0].plot(marks, [bound.nats for bound in bounds], marker="o", label=start)
-        for step, bound in ((0, bounds[0]), (marks[-1], bounds[-1])):
-            ratios = [m / LENGTH for m in bound.curve.counts]
-            axes[1].plot(ratios, bound.curve.nats, marker=".", label=f"{start}, {step} steps")
+        curves[f"{start}, {marks[-1]} steps"] = bounds[-1].curve
+    for label, curve in curves.items():
+        axes[1].plot([m / LENGTH for m in curve.counts], curve.nats, marker=".", label=label)
     axes[0].set(xlabel="steps of diffusion training", ylabel="NELBO <=, nats per token")
     axes[1].set(xlabel="mask ratio", ylabel="CE(m), nats per hidden token")
     for axis in axes:
@@ -228,17 +227,17 @@ def main(arguments: list[str]) -> None:
     marks = sorted({0, args.steps // 4, args.steps})
     runs = {"from RoBERTa": [], "from random weights": []}
     for seed in args.seeds:
-        for start, found in runs.items():
-            model = load_roberta(folder) if start == "from RoBERTa" else random_roberta(
-                roberta.network.config, roberta.tokenizer, seed)
-            found.append([])
+        random = random_roberta(roberta.network.config, roberta.tokenizer, seed)
+        for found, model in zip(runs.values(), (load_roberta(folder), random), strict=True):
+            bounds = []
             for step in train(model.to(device), tokens, "diffusion", args.steps, rate, seed):
                 if step in marks:
                     with autocast(device.type):
-                        found[-1].append(nelbo(model, x_0, model.mask_id))
+                        bounds.append(nelbo(model, x_0, model.mask_id))
+            found.append(bounds)
 
     labels = [f"{step} steps" for step in marks] + [
-        f"{args.steps} steps, {m / LENGTH:.0%} hidden" for m in found[0][-1].curve.counts]
+        f"{args.steps} steps, {m / LENGTH:.0%} hidden" for m in bounds[-1].curve.counts]
     numbers = {start: torch.tensor([[bound.nats for bound in bounds] + bounds[-1].curve.nats
                                     for bounds in found])
                for start, found in runs.items()}  # (seeds, labels) each
