@@ -234,11 +234,13 @@ def test_the_result_always_satisfies_the_template(order, steps):
     logits = torch.randn(MASK, generator=seeded(0)).expand(99, -1) * 3
     logits = logits.index_fill(1, torch.tensor([BYTES.eot_token]), -torch.inf)
     model = lambda tokens, positions: logits[positions % tokens.size(1)]  # noqa: E731
+    digits = torch.tensor(list(b"0123456789"))
     texts = []
-    for L, contents in parts[1].items():  # alternatives of every length
-        x, form = structured.settle(model, [parts[0], {L: contents}, *parts[2:]], MASK, seeded(L))
-        rows = generate(model, x.expand(5, -1), MASK, seeded(2), steps=steps, order=order,
-                        remask="renoise", adjust=structured.keep_form(form, MASK, seeded(1)))
+    for word in parts[1]:  # alternatives of every length
+        x = structured.choose_words(model, [parts[0], [word], *parts[2:]], MASK, seeded(1))
+        adjust = structured.keep_digits(x == structured.DIGIT, digits)
+        rows = generate(model, x.where(x != structured.DIGIT, MASK).expand(5, -1), MASK, seeded(2),
+                        steps=steps, order=order, remask="renoise", adjust=adjust)
         texts += [BYTES.decode_bytes(row.tolist()) for row in rows]
     assert all(re.fullmatch(PATTERN, text, re.S) for text in texts), texts
     assert all(structured.pattern_of(TEMPLATE).fullmatch(text) for text in texts)
@@ -252,36 +254,30 @@ def test_a_text_that_breaks_the_form_is_recognised(text, verdict):
     assert (pattern.fullmatch(text.encode()) is not None) == verdict
 
 
-def test_lengths_are_drawn_with_the_probability_of_their_contents():
-    p = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.6, 0.3]])
-    parts = [{1: torch.tensor([[0]]), 2: torch.tensor([[1, 1], [2, 0]])}]
-    lengths = [len(structured.settle(lambda tokens, positions: p.log()[positions], parts, 3,
-                                     seeded(seed))[0]) for seed in range(2000)]
-    two = 0.2 * 0.6 + 0.3 * 0.1
-    assert lengths.count(2) / 2000 == pytest.approx(two / (two + 0.5), abs=0.04)
+def test_words_are_drawn_with_the_probability_of_their_tokens():
+    # The first is 1, or 2 and then 0; the second, whose network sees which it was, 0 or 1.
+    p = torch.tensor([0.2, 0.5, 0.3])
 
+    def model(tokens, positions):
+        assert (tokens.flatten()[positions] == 3).all() and not (tokens == structured.DIGIT).any()
+        seen = p.flip(0) if tokens[0, 0] == 2 else p
+        return seen.log().expand(len(positions), -1)
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_words_are_chosen_as_the_network_would(steps):
-    # Independent positions: each word in proportion to the product of its letters, drawn in one
-    # step; in two, the first letter among those that begin a word, then the second among those
-    # that end it.
-    p = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.6, 0.3]])
-    allowed = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 1]])
-    expected = p[0, :, None] * p[1] * allowed
-    if steps == 2:
-        first = torch.tensor([0.5, 0, 0.3])
-        expected = first[:, None] * expected / expected.sum(1, keepdim=True).clamp(min=1e-9)
-    adjust = structured.keep_form([(0, allowed.nonzero())], 3, seeded(1))
-    x = generate(Fixed(p.log()), masked(3000, 2, 3), 3, seeded(0), steps=steps, adjust=adjust,
-                 order="left_to_right")
-    assert fits(x, expected)
+    parts = [[[1], [2, 0]], [[structured.DIGIT]], [[0], [1]], [[3, 3]]]
+    texts = [structured.choose_words(model, parts, 3, seeded(seed)).tolist()
+             for seed in range(2000)]
+    two = 0.3 * 0.2 / (0.3 * 0.2 + 0.5)
+    expected = {(1, -1, 0, 3, 3): (1 - two) * 2 / 7, (1, -1, 1, 3, 3): (1 - two) * 5 / 7,
+                (2, 0, -1, 0, 3, 3): two * 3 / 8, (2, 0, -1, 1, 3, 3): two * 5 / 8}
+    assert {*map(tuple, texts)} == {*expected}
+    for text, probability in expected.items():
+        assert texts.count([*text]) / 2000 == pytest.approx(probability, abs=0.04)
 
 
 def test_a_space_before_a_word_belongs_to_it():
-    given, hole, behind = structured.parse("In [word:May|June]!", BYTES, MASK)
+    [given], words, [behind] = structured.parse("In [word:May|June]!", BYTES, MASK)
     assert BYTES.decode(given) == "In" and BYTES.decode(behind) == "!"
-    assert [BYTES.decode(contents[0].tolist()) for contents in hole.values()] == [" May", " June"]
+    assert [BYTES.decode(word) for word in words] == [" May", " June"]
 
 
 def test_structured_writes_what_satisfies_the_template(workplace, capsys):

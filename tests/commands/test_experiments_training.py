@@ -21,7 +21,7 @@ from experiments import (
 )
 from model import ModelConfig, Transformer, norm
 from plumbing.checkpoint import load_checkpoint, read_tensors, write_tensors
-from prepare_data import TokenFile, get_tokenizer, write_dataset
+from prepare_data import TokenFile, write_dataset
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = "--config tiny.toml "
@@ -124,61 +124,47 @@ def test_what_parses(verdict, lines):
 def test_cut_lines_comments_and_short_ones_do_not_count():
     text = ("cut = off\n  whole = line\nx = 1\n\n# a comment of some length\nfoo(bar, = 2\n"
             "whole = line\ncut")
-    row = domain.judge_lines("", [text, text])
-    numbers = (row["parse"], row["lines"], row["different"])
-    assert numbers == (pytest.approx(4 / 6), 6, 1 / 4)
-    assert row[" one of them"] == "whole = line" and domain.judge_lines("", ["\n"])["lines"] == 0
+    lines = domain.whole_lines(text)
+    assert lines == ["  whole = line", "foo(bar, = 2", "whole = line"]
+    row = domain.judge_lines("", [lines, lines])
+    assert row["fraction"] == pytest.approx(2 / 3) and row["error"] == pytest.approx(0, abs=1e-9)
+    assert row[" one of them"] == "whole = line" and domain.judge_lines("", [[], []])["error"] == 0
+
+
+def test_the_standard_error_is_over_texts():
+    # Equally long texts: the plain standard error of their means, however alike their lines are.
+    fractions = torch.tensor([0.2, 0.4, 0.9])
+    row = domain.judge("", [[True] * round(10 * p) + [False] * round(10 - 10 * p)
+                            for p in fractions.tolist()])
+    assert row["fraction"] == pytest.approx(0.5)
+    assert row["error"] == pytest.approx(fractions.std().item() / 3**0.5)
+
+
+def test_a_hole_is_judged_by_the_line_it_is_in():
+    def decode(ids):
+        return bytes(ids).decode()
+
+    row = list(b"import os\nvalue = 2\nx")
+    assert domain.line_around(row, slice(12, 15), decode) == "value = 2"
+    row[12:15] = b"\n=="
+    assert domain.line_around(row, slice(12, 15), decode) == "va\n== = 2"
 
 
 SOURCE = ("import sys\n\n\ndef function(argument):\n    value = argument + 1\n"
           "    return value * argument\n")
 
 
-@pytest.fixture
-def holes() -> list[domain.Hole]:
-    tokenizer = get_tokenizer("byte")
-    ids = tokenizer.encode_ordinary(SOURCE)
-    return domain.holes(torch.tensor([ids[i : i + 80] for i in range(10)]), tokenizer.decode)
-
-
-def test_holes_lie_inside_lines_that_parse(holes):
-    assert len(holes) == 10
-    for hole in holes:
-        line = bytes(hole.row[hole.line].tolist()).decode()
-        assert line in SOURCE.split("\n") and domain.parses(line)
-        assert hole.line.start <= hole.hidden.start and hole.hidden.stop <= hole.line.stop
-        assert hole.hidden.stop - hole.hidden.start == domain.SIZE
-    assert len({hole.hidden.start - hole.line.start for hole in holes}) > 3
-    with pytest.raises(domain.DataError, match="no line"):
-        domain.holes(torch.full((4, 64), 65), get_tokenizer("byte").decode)
-
-
-def test_filled_holes_are_judged_by_the_line_they_are_in(holes):
-    decode = get_tokenizer("byte").decode
-    holes = holes[:8]
-    rows = torch.stack([hole.row for hole in holes])
-    judged = domain.judge_filled("", rows, holes, decode)
-    assert (judged["filled"], judged["exact"]) == (1, 1)
-    for row, hole in zip(rows[:6], holes[:6], strict=True):
-        row[hole.hidden] = ord("(")
-    rows[7, holes[7].hidden] = ord("a")  # parses, unless a keyword was there, but is not the text
-    judged = domain.judge_filled("", rows, holes, decode)
-    assert judged["exact"] == 1 / 8 and judged["filled"] in (1 / 8, 2 / 8)
-
-
 def test_domain(finish):
     Path("source/test").mkdir(parents=True)
     for i in range(12):
-        Path(f"source/{i}.py").write_text(SOURCE * 4)
-    Path("source/test/left_out.py").write_text("no")
-    Path("source/latin.py").write_bytes(b"x = '\xe4'")
-    assert len(domain.source_files(Path("source"))) == 12
-    _, result = finish(domain, TINY + "--source source --tokenizer bpe:280 --steps 3 --rows 8 "
+        Path(f"source/{i}.py").write_text(SOURCE * 9)
+    Path("source/test/left_out.py").write_bytes(b"x = '\xe4'")  # no UTF-8 either
+    _, result = finish(domain, TINY + "--source source --tokenizer bpe:280 --steps 3 "
                        "--num-samples 2")
-    parse = {row["lines of"]: row["parse"] for row in result["lines"]}
-    assert list(parse)[3:] == list(domain.SAMPLERS)
-    assert parse["real text"] == 1 > 0.5 > parse["its tokens shuffled"]
-    assert len(result["filled"]) == 2 + 3
+    fractions = {row["lines of"]: row["fraction"] for row in result["rows"]}
+    assert list(fractions)[2:6] == list(domain.SAMPLERS)
+    assert fractions["real text"] == 1 > 0.5 > fractions["its tokens shuffled"]
+    assert fractions["holes shuffled, exactly"] < 1 and len(fractions) == 10
 
 
 # --- Comparing trainings --------------------------------------------------------------------------

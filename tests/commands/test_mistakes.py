@@ -47,12 +47,8 @@ COMMANDS = [
     ("denoising", "steps.jsonl", "required: PICTURE.svg"),
     ("denoising", "nowhere.jsonl picture.svg", "No such file"),
     ("roberta_start", "--steps=0", "argument --steps: must be at least 1, not 0"),
-    ("roberta_start", "--length=600", "--length 600 is more than"),
     ("roberta_start", "--data-dir=nowhere", "run prepare_data.py"),
-    ("roberta_start", "--checkpoint=nowhere", "nowhere/config.json: No such file"),
-    ("roberta_start", "--eval-rows=1", "must be at least 2, not 1"),
-    ("roberta_start", "--learning-rate=1e30 --pretrain-steps=9 --length=16",
-     "choose a lower --learning-rate"),
+    ("roberta_start", "--checkpoint=nowhere", "No such file or directory: 'nowhere/config.json'"),
 ]
 READ_A_CHECKPOINT = ("sampling", "masking", "layers", "guidance", "structured")
 

@@ -474,7 +474,7 @@ def test_any_prefix_and_template_comes_back_or_is_refused_by_name(prefix, before
 def test_a_template_of_the_structured_experiment_too():
     for text in ("שלום\0 😀 <|endoftext|>", "\ud800"):
         try:
-            given, _, _ = parse_template(text + "[digits:1]", BYTE, 257)
+            [given], _, _ = parse_template(text + "[digits:1]", BYTE, 257)
         except ValueError:
             assert text == "\ud800"
         else:
