@@ -1,6 +1,6 @@
 # make sample       install, and write four texts with the model in pretrained/, in under a minute
 # make quickstart   install, fetch a corpus, train, write: 2 minutes on 2 CPU cores with bfloat16
-# make experiments  the learning guide's experiments: docs/guide.md
+# make experiments  the learning guide's experiments: docs/guide.md; 42 minutes on those 2 cores
 # make notebook     docs/nano.ipynb again, after a change of nano.py or of nano_story.md
 # make twin         what they begin with: their packages, the quickstart's model, and its twin GPT
 # make test         prove everything that is quick to prove

@@ -24,6 +24,7 @@ is the mean difference, text by text, to the first row of the same order.
 import argparse
 import sys
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +68,7 @@ QUESTIONS: dict[str, dict[str, dict]] = {
         f"{remask}, 64 calls": dict(remask=remask, steps=64) for remask in REMASKS}},
     "steps": {f"{order}, {steps}": dict(order=order, steps=steps)
               for order in ("spread", "random") for steps in (256, 64, 16, 4, 1)},
-    "schedules": {f"{order}, {schedule}": dict(order=order, schedule=schedule)
+    "schedules": {f"{order} {schedule}": dict(order=order, schedule=schedule)
                   for order in ("spread", "random") for schedule in (*SCHEDULES, "optimal")},
     "frontier": {
         **{f"{order}, {steps} calls": dict(order=order, steps=steps)
@@ -173,12 +174,17 @@ def adaptive(twins: Twins, x_0: Tensor, x: Tensor) -> list[dict]:
 
 
 def paint_calls(panels, names: tuple[str, ...], rows: list[dict]) -> None:
-    """Numbers against model calls, a line for each line of the table."""
+    """Numbers against model calls, a line for each line of the table. The errors are those of the
+    differences (+-), which are known better than the prices."""
     for panel, name in zip(panels, names, strict=True):
         for line in dict.fromkeys(map(line_of, rows)):
-            points = [(row["calls"], row[name]) for row in rows if line_of(row) == line]
-            panel.plot(*zip(*points, strict=True), "o-", label=line)
-        panel.set(xlabel="model calls for a text", ylabel=name, xscale="log")
+            points = [(row["calls"], row[name], row["+-"] or 0) for row in rows
+                      if line_of(row) == line]
+            x, y, error = zip(*points, strict=True)
+            panel.errorbar(x, y, error if name in ("price", "right") else None, marker="o",
+                           capsize=2, label=line)
+        panel.set(xlabel="model calls for a text", ylabel=name,
+                  xscale="log" if "price" in names else "linear")
     panels[0].legend()
 
 
@@ -192,7 +198,7 @@ def paint_table(axes, rows: list[dict]) -> None:
                             if line_of(row) == line), strict=True)
         axes.errorbar(x, y, error, marker="o", label=line)
     axes.set(xlabel="entropy of a sample's tokens, nats", ylabel="nats per token under the twin")
-    axes.legend(fontsize="small")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 @command("experiments.sampling")
@@ -211,9 +217,10 @@ def main(arguments: list[str]) -> None:
         rows = adaptive(twins, x_0, x_0.masked_fill(mask, twins.mask_id))
     else:
         rows = table(args, twins)
-    columns = {"steps": ("price", "judge", "words"), "adaptive": ("judge", "right")}
+    columns = {"steps": ("price", "judge", "words"), "adaptive": ("right",)}
     if names := columns.get(args.question):
-        draw(picture, lambda panels: paint_calls(panels, names, rows[1:]), columns=len(names))
+        draw(picture, lambda panels: paint_calls(np.atleast_1d(panels), names, rows[1:]),
+             columns=len(names))
     else:
         draw(picture, lambda axes: paint_table(axes, rows), width=8, height=5)
     report({"rows": rows})

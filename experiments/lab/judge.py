@@ -134,8 +134,9 @@ def print_row(row: dict, heading: bool = False) -> None:
         name = name.replace("tokens_per_second", "tokens/s")
         width = max(8, len(name))
         if isinstance(cell, str):
-            names += f"{name:30}"
-            cells += f"{cell:30}"
+            gap = "  " if cells else ""
+            names += f"{gap}{name:30}"
+            cells += f"{gap}{cell:30}"
         elif cell is None or isinstance(cell, int | float):
             text = "-" if cell is None else f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}"
             names += f" {name:>{width}}"

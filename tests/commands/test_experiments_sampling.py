@@ -138,7 +138,7 @@ def test_the_price_of_a_text_is_exact_and_that_of_random_order_the_mean_over_ord
 def priced(result):
     rows = result["rows"][1:]
     firsts = [row for row in rows if row["sampler"] in ("spread, 256", "random, 256",
-                                                        "spread, linear", "random, linear")]
+                                                        "spread linear", "random linear")]
     return {row["more"] for row in firsts} == {0} and all(row["price"] > 0 for row in rows)
 
 
