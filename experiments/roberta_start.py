@@ -97,7 +97,7 @@ def load_roberta(folder: Path) -> Roberta:
 
 @torch.no_grad()
 def random_roberta(config, tokenizer, seed: int) -> Roberta:
-    """From random weights, but each head looks at one neighbor: head h at a distance of h - H/2.
+    """From random weights, but each head looks at one neighbour: head h at a distance of h - H/2.
 
     RoBERTa starts from random numbers alone, and reads much text before it looks anywhere.
     """
@@ -107,7 +107,7 @@ def random_roberta(config, tokenizer, seed: int) -> Roberta:
     H = config.num_attention_heads
 
     def waves(t: Tensor) -> Tensor:  # as model.rotary_table: to turn by waves(n) is to go n on
-        # Frequencies up to pi, evenly spaced: slow waves alone make neighbors look alike.
+        # Frequencies up to pi, evenly spaced: slow waves alone make neighbours look alike.
         angle = t[:, None] * torch.arange(0, C, 2) * (math.pi / C)
         return torch.stack([angle.cos(), angle.sin()])  # (2, n, C/2)
 
