@@ -84,12 +84,11 @@ def price(model: Transformer, x_0: Tensor, mask: Tensor, calls: int) -> Tensor:
 
 def compare(model: Transformer, x_0: Tensor, masks: dict[str, Tensor]) -> list[dict]:
     """A row for each mask (B,T) of the texts x_0 (B,T), also printed."""
+    prices = {name: price(model, x_0, mask, 16) for name, mask in masks.items()}  # (B,) each
     rows = []
     for name, mask in masks.items():
-        by_text = price(model, x_0, mask, 16)
-        random = by_text if not rows else random  # the first of MASKS
-        nats, error = mean_and_error(by_text)
-        more, more_error = mean_and_error(by_text - random)
+        nats, error = mean_and_error(prices[name])
+        more, more_error = mean_and_error(prices[name] - prices["random"])
         rows.append({"hidden half": name, "at_once": price(model, x_0, mask, 1).mean().item(),
                      "in_16_calls": nats, "error": error, "more": more, "more_error": more_error})
         print_row(rows[-1], heading=len(rows) == 1)
