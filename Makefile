@@ -6,7 +6,7 @@
 # make test         prove everything that is quick to prove
 # make test-slow    prove the rest
 # make test-reliability   kill, starve and deceive it for long: docs/reliability.md
-# make gpu          on a machine with a GPU: proofs, speeds and real trainings in 8 minutes, with a table
+# make gpu          on a machine with a GPU: proofs, speeds and real trainings in 16 minutes, with a table
 # make test-oldest  the quick proofs with the oldest PyTorch; downloads gigabytes
 
 PYTHON ?= python3
@@ -60,7 +60,7 @@ test-reliability: .venv/installed-dev
 # With python3's own packages, if it has PyTorch: on a machine with a GPU, that one fits the driver.
 GPU_PYTHON ?= $(shell $(PYTHON) -c "import torch" 2> /dev/null && echo $(PYTHON) || echo $(BIN)/python)
 gpu:
-	$(GPU_PYTHON) -m bench.gpu --minutes 8
+	$(GPU_PYTHON) -m bench.gpu
 
 TORCH ?= 2.9.1
 test-oldest:

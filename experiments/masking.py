@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> None:
         m = max(1, T * level // 10)
         mask = draw_mask(torch.full((len(x_0),), m), T, 0, keyed_generator(0, m, "levels"))  # (B,T)
         levels[m], error = mean_and_error(price(model, x_0, mask, 1))
-        shown[f"{m} hidden"] = mask[0]
+        shown[f"{level}0% hidden"] = mask[0]
         seen = (f" {HIDDEN}" if mask[0, t] else text for t, text in enumerate(texts))
         print(f"{m:8}{levels[m]:8.3f} +- {error:.3f}   {harmless(''.join(seen).strip())}")
     print()

@@ -13,6 +13,7 @@ Where the visible tokens decide which positions come next, the price is exact (s
 That of a random order is a bound, estimated with one order per text.
 """
 
+import functools
 import itertools
 import re
 import sys
@@ -29,6 +30,7 @@ from experiments.lab.pictures import draw
 from experiments.lab.runs import autocast, rows_of
 from plumbing.command import command
 from plumbing.config import ConfigError
+from prepare_data import TokenFile
 from sample import denoise, left_to_right_model
 
 ORDERS = ("spread", "random", "margin", "top", "entropy", "left_to_right")
@@ -53,9 +55,10 @@ def prices(model: Model, x_0: Tensor, mask_id: int, **options) -> Tensor:
     return costs(model, torch.full_like(x_0, mask_id), x_0, mask_id, **options).mean(1)
 
 
-def price_orders(price: Callable[..., Tensor], calls: list[int]) -> dict[str, list[float]]:
+def price_orders(price: Callable[..., Tensor], N: int, calls: list[int]) -> dict[str, list[float]]:
     """Print a row for each order. price(options of `denoise`): bits per byte of each text, (B,)."""
-    base = price(order="spread")  # a token per call
+    price = functools.cache(price)
+    base = price(order="spread", steps=N)  # a token per call; it is a cell of the table, too
     print(f"\n{'calls':14}" + "".join(f"{n:>24}" for n in calls))
     table = {}
     for order in ORDERS:
@@ -154,7 +157,8 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"a text must have a multiple of {UNIT} tokens, not {twins.N}")
     texts = rows_of(args.data_dir, 2 * args.num_samples, twins.N)
     x_0 = texts[::2]
-    scale = twins.val.num_tokens / twins.val.num_bytes / np.log(2)  # to bits per byte
+    val = TokenFile(args.data_dir, "val")
+    scale = val.num_tokens / val.num_bytes / np.log(2)  # to bits per byte
 
     def price(**options) -> Tensor:
         return scale * prices(twins.model, x_0, twins.mask_id, **options)
@@ -164,7 +168,7 @@ def main(arguments: list[str]) -> None:
         twin = evaluate(twins.judge, x_0, twins.mask_id, "autoregressive").nats
     print(f"{len(x_0)} texts of {twins.N} tokens, bits per byte: NELBO <= {scale * nelbo:.3f} +- "
           f"{scale * error:.3f}; the twin, exact, {scale * twin:.3f}")
-    table = price_orders(price, args.calls)
+    table = price_orders(price, twins.N, args.calls)
     step_costs = costs_of_steps(twins.model, texts[1::2], twins.mask_id)
     numbers = {"nelbo": scale * nelbo, "twin": scale * twin, "calls": args.calls, "orders": table,
                "schedules": price_schedules(price, step_costs), "holes": price_holes(twins, texts)}

@@ -39,9 +39,9 @@ from diffusion import (
     smooth,
 )
 from experiments.lab.command import flags_with_judge, report, several
-from experiments.lab.judge import Twins, judge, judged, load_twins, print_row, real_text
+from experiments.lab.judge import Twins, judge, judged, load_twins, print_row
 from experiments.lab.pictures import draw
-from experiments.lab.runs import OUT, measure_curve
+from experiments.lab.runs import OUT, measure_curve, rows_of
 from experiments.prices import prices
 from plumbing.command import command
 from sample import REMASKS, State, left_to_right_model
@@ -108,12 +108,12 @@ def table(args: argparse.Namespace, twins: Twins) -> list[dict]:
     priced = args.question in ("steps", "schedules")
     causal = left_to_right_model(twins.judge, twins.mask_id)
     x = torch.full((args.num_samples, twins.N), twins.mask_id)
-    x_0 = real_text(twins, 2 * args.rows)
+    x_0 = rows_of(args.data_dir, 2 * args.rows, twins.N)
     if priced:
         measured = measure_curve(twins.model, x_0[::2], twins.mask_id, 16, "to price")
     if args.question == "schedules":  # the best one is found on other texts than it is priced on
         fitted = smooth(measure_curve(twins.model, x_0[1::2], twins.mask_id, 16, "to fit"))
-    rows = [real_row(twins, real_text(twins, args.num_samples),
+    rows = [real_row(twins, rows_of(args.data_dir, args.num_samples, twins.N),
                      *(("price", "more", "+-") if priced else ()))]
     first: dict[str, Tensor] = {}  # prices by order
     samples = []
@@ -211,7 +211,7 @@ def main(arguments: list[str]) -> None:
     picture = args.picture or OUT / f"sampling-{args.question}.png"
     twins = load_twins(args.checkpoint, args.judge, args.data_dir)
     if args.question == "adaptive":
-        x_0 = real_text(twins, args.num_samples)
+        x_0 = rows_of(args.data_dir, args.num_samples, twins.N)
         m = torch.full((len(x_0),), twins.N // 4)
         mask = draw_mask(m, twins.N, 0, keyed_generator(0, 0, "fill"))
         rows = adaptive(twins, x_0, x_0.masked_fill(mask, twins.mask_id))

@@ -28,9 +28,10 @@ def paint(panels, curve: Curve, prices: dict[int, float]) -> None:
                      color="tab:orange", alpha=0.5, label=f"{steps} calls: <= {prices[steps]:.2f}")
         panel.fill_between(written, line.nats, color="tab:blue", alpha=0.8,
                            label=f"{curve.N} calls: NELBO <= {prices[curve.N]:.2f}")
-        panel.plot(curve.N - np.array(curve.counts), curve.nats, "k.", markersize=4)
-        panel.set(xlabel="tokens written", xlim=(0, curve.N), ylim=(0, max(curve.nats) * 1.35),
-                  ylabel="nats for the next token")
+        panel.plot(curve.N - np.array(curve.counts), curve.nats, "k.", markersize=4,
+                   label="CE(m), measured")
+        panel.set(xlabel="tokens written, of a text that fills up", xlim=(0, curve.N),
+                  ylabel="nats for the next token", ylim=(0, max(curve.nats) * 1.35))
         panel.legend(loc="upper right")
 
 

@@ -57,6 +57,7 @@ class Question(NamedTuple):
     steps: int  # of training, if the flags of a row don't say
     evaluations: int = 1
     x: str = ""  # what the columns that are numbers count
+    y: str = "nats per token"
 
 
 # --- What is measured on a run --------------------------------------------------------------------
@@ -127,7 +128,8 @@ QUESTIONS = {
         "starved": Row(tokens=4096),
         "leak": Row(leak=True),
     }),
-    "twin": Question(by_tokens, steps=240, evaluations=6, x="million tokens read", rows={
+    "twin": Question(by_tokens, steps=240, evaluations=6, x="million tokens read",
+                     y="bits per byte", rows={
         "GPT": Row(GPT),
         "diffusion": Row(),
     }),
@@ -251,7 +253,8 @@ def references(data_dir: str) -> dict[str, float]:
 # --- The pictures ---------------------------------------------------------------------------------
 
 
-def paint(panels, x: str, columns: list[str | float], numbers: dict[str, Tensor]) -> None:
+def paint(panels, question: Question, columns: list[str | float],
+          numbers: dict[str, Tensor]) -> None:
     """The means of each row over the columns, which are numbers; its differences to the first."""
     left, right = panels
     base = next(iter(numbers))
@@ -261,8 +264,8 @@ def paint(panels, x: str, columns: list[str | float], numbers: dict[str, Tensor]
         left.plot(xs, values.mean(0)[chosen], marker=".", label=label)
         more, errors = differences(values[:, chosen], numbers[base][:, chosen])
         right.errorbar(xs, more, errors, marker=".", capsize=2)
-    left.set(xlabel=x, title="Mean over seeds")
-    right.set(xlabel=x, title=f"More than {base}, with standard errors")
+    left.set(xlabel=question.x, ylabel=question.y, title="Mean over seeds")
+    right.set(xlabel=question.x, title=f"More than {base}, with standard errors")
     left.legend()
 
 
@@ -281,7 +284,8 @@ def paint_dynamics(panels, runs: dict[str, list[Run]]) -> None:
                    [line["loss"] for line in run.training], f"C{i}--")
         right.plot([point.step for point in run.points], [point.nats for point in run.points],
                    f"C{i}-", label=label)
-    right.set(title="dashed: training; solid: validation", xlabel="steps", ylim=(0, 16))
+    right.set(title="dashed: training; solid: validation", xlabel="steps", ylim=(0, 16),
+              ylabel="nats per token")
     right.legend()
 
 
@@ -330,7 +334,7 @@ def main(arguments: list[str]) -> None:
         print(*(f"{what:30}{nats:.2f}" for what, nats in result["references"].items()), sep="\n")
         draw(args.picture, lambda panels: paint_dynamics(panels, runs), columns=2)
     elif question.x:
-        draw(args.picture, lambda panels: paint(panels, question.x, columns, numbers), columns=2)
+        draw(args.picture, lambda panels: paint(panels, question, columns, numbers), columns=2)
     report(result)
 
 

@@ -38,7 +38,6 @@ class Twins(NamedTuple):
     mask_id: int
     decode: Callable[[list[int]], str]
     vocabulary: set[str]  # the words of the training text
-    val: TokenFile
 
 
 def load_twins(checkpoint: str | Path, judge: str | Path, data_dir: str | Path) -> Twins:
@@ -60,12 +59,7 @@ def load_twins(checkpoint: str | Path, judge: str | Path, data_dir: str | Path) 
                         f"{info['tokenizer']}")
     decode = get_tokenizer(info["tokenizer"], checkpoint).decode
     return Twins(model, info, twin, model.config.context_length, model.config.mask_id, decode,
-                 vocabulary_of(train), TokenFile(data_dir, "val"))
-
-
-def real_text(twins: Twins, rows: int) -> Tensor:
-    """(rows,N): always the same windows of validation text."""
-    return torch.from_numpy(twins.val.spread(rows, twins.N))
+                 vocabulary_of(train))
 
 
 def write(model: Model, x: Tensor, mask_id: int, **options) -> list[State]:

@@ -32,6 +32,7 @@ from experiments import (
     structured,
 )
 from experiments.lab import judge
+from experiments.lab.runs import rows_of
 from prepare_data import get_tokenizer, write_dataset
 from sample import State, exact_nll, generate
 
@@ -125,7 +126,7 @@ def test_a_confident_model_needs_one_call_and_another_as_many_as_tokens(twins, p
 
 
 def test_the_price_of_a_text_is_exact_and_that_of_random_order_the_mean_over_orders(twins):
-    x_0 = judge.real_text(twins, 4)
+    x_0 = rows_of("data/sotu", 4, twins.N)
     options = dict(order="spread", steps=5, schedule="cosine", temperature=0.3)
     found = sampling.price(twins, x_0, None, options)
     exact = exact_nll(twins.model, x_0, MASK, order="spread", steps=5, schedule="cosine")
