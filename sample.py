@@ -142,7 +142,7 @@ class Command(Sampler):
     show_steps: bool = knob(False, "watch the text being written")
     jsonl: str | None = knob(None, "write every step to this file, for other programs")
     whole: bool = knob(False, "do not cut the text at the end-of-text token")
-    score: str | None = knob(None, "measure the model on this file instead of writing")
+    score: str | None = knob(None, "instead of writing, say what this text costs")
     device: str = knob("auto", "where to compute", ("auto", "cuda", "mps", "cpu"))
 
     def __post_init__(self):

@@ -80,7 +80,7 @@ def score(cmd, model: Transformer, info: dict, tokenizer: tiktoken.Encoding,
     try:
         ids = tokenizer.encode_ordinary(Path(cmd.score).read_bytes().decode())  # line ends as is
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"--score {cmd.score}: {reason}") from None
     if not ids:
         raise ValueError(f"--score {cmd.score}: the file is empty")

@@ -137,6 +137,12 @@ def test_score_of_a_sampler_without_an_exact_price_is_the_bound(write, data, tmp
     assert "temperature 1" not in exact and "the sampler of --exact" in exact
 
 
+def test_score_wants_text(write, tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    _, error = write(f"--score {tmp_path}/picture.png", code=2)
+    assert "picture.png: it is not UTF-8 text" in error
+
+
 def test_optimal_needs_a_measured_curve_except_for_a_twin(write, checkpoints):
     write("--schedule optimal --length 5", objective="autoregressive")  # is left to right anyway
     tensors, info = read_tensors(checkpoints / "diffusion/model.safetensors")
@@ -331,7 +337,9 @@ def test_tokens_are_shown_whole_and_up_to_the_end_of_text():
     ("--length 65", "65 tokens are too many: the model's context is 64"),
     ("--length 99999999999999", "tokens are too many"),
     (f"--prefix {'x' * 64}", "nothing is hidden in 64 tokens, so there is nothing to write"),
-    ("--text 'no hole'", "--text has no hole; write one as [MASK:20]"),
+    ("--text 'no hole'", "--text has no hole, or a broken one; write it as [MASK:20]"),
+    ("--text 'a [MASK:2] and a [MASK: 3]'", "--text has no hole, or a broken one"),
+    ("--text 'one that is not closed: [MASK'", "--text has no hole, or a broken one"),
     ("--text [MASK:0]", "nothing is hidden"),
     ("--text a[MASK:9999999999999999]", "tokens are too many"),
     ("--text a[MASK] --prefix b", "drop --prefix and --length"),
