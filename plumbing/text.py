@@ -13,8 +13,7 @@ def tokens_with_holes(text: str, tokenizer: tiktoken.Encoding, mask_id: int) -> 
     # re.split with one group: given, size of the hole, given, size of the hole, ..., given
     parts = HOLE.split(text)
     if len(parts) == 1 or any("[MASK" in given for given in parts[::2]):
-        raise ValueError("--text has no hole, or a broken one; write it as [MASK:20], for 20 hidden "
-                         "tokens")
+        raise ValueError("--text has no hole, or a broken one; write [MASK:20] for 20 tokens")
     ids = tokenizer.encode_ordinary(parts[0])  # as it is, spaces included
     for size, given in zip(parts[1::2], parts[2::2], strict=True):
         ids += [mask_id] * min(int(size or 1), 10**7)  # a typo must not fill the memory

@@ -337,7 +337,7 @@ def test_tokens_are_shown_whole_and_up_to_the_end_of_text():
     ("--length 65", "65 tokens are too many: the model's context is 64"),
     ("--length 99999999999999", "tokens are too many"),
     (f"--prefix {'x' * 64}", "nothing is hidden in 64 tokens, so there is nothing to write"),
-    ("--text 'no hole'", "--text has no hole, or a broken one; write it as [MASK:20]"),
+    ("--text 'no hole'", "--text has no hole, or a broken one; write [MASK:20]"),
     ("--text 'a [MASK:2] and a [MASK: 3]'", "--text has no hole, or a broken one"),
     ("--text 'one that is not closed: [MASK'", "--text has no hole, or a broken one"),
     ("--text [MASK:0]", "nothing is hidden"),
