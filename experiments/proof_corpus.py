@@ -113,9 +113,9 @@ def messages(message: Tensor, evidence: Tensor, chain: Tensor) -> Tensor:
 
 def percent_over(best: float, H: float, folders: list[Path]) -> dict[int, Tensor]:
     """{step: (seeds,)}: what some runs have over the `best` possible on these rows, in % of H."""
-    runs = [read_run(folder).points for folder in folders]
-    return {points[0].step: 100 * (torch.tensor([point.nats for point in points]) - best) / H
-            for points in zip(*runs, strict=True)}
+    runs = [read_run(folder).evaluations for folder in folders]
+    return {lines[0]["step"]: 100 * (torch.tensor([line["nats"] for line in lines]) - best) / H
+            for lines in zip(*runs, strict=True)}
 
 
 def paint(panels, gaps: dict[str, dict[int, Tensor]], exact: Curve, curves: list[Curve]) -> None:
@@ -127,7 +127,6 @@ def paint(panels, gaps: dict[str, dict[int, Tensor]], exact: Curve, curves: list
     left.axhline(1, color="black", linestyle="--", label="1%")
     left.set(title="The gap is the network's error", ylabel="gap, % of the entropy", yscale="log",
              xlabel="steps of training")
-    left.yaxis.set_major_formatter("{x:g}")
     right.plot(exact.counts, exact.nats, color="black", label="the exact denoiser")
     right.plot(exact.counts, np.mean([curve.nats for curve in curves], 0), ".", markersize=9,
                label="the networks, mean")

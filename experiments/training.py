@@ -22,16 +22,15 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import prepare_data
-from diffusion import Batch, ask, mean_and_error, nelbo
+from diffusion import Batch, Curve, ask, mean_and_error, nelbo
 from experiments.lab.command import count, flags, report, several
+from experiments.lab.judge import print_row
 from experiments.lab.pictures import draw
 from experiments.lab.runs import OUT, Run, autocast, read_run, rows_of, small_corpus, trained
 from plumbing.checkpoint import load_checkpoint
@@ -44,7 +43,6 @@ class Row(NamedTuple):
 
     flags: str = ""  # of train.py
     tokens: int = 0  # of training text, if not all
-    tokenizer: str = ""  # the text in other tokens
     leak: bool = False  # with a bug
 
 
@@ -52,7 +50,7 @@ Numbers = dict[str | float, float]  # by column; a column that is a number is th
 
 
 class Question(NamedTuple):
-    measure: Callable[[Run, Path, argparse.Namespace], Numbers]  # of a run in its folder
+    measure: Callable[[Run, argparse.Namespace], Numbers]  # of a run
     rows: dict[str, Row]  # the first one is compared with
     steps: int  # of training, if the flags of a row don't say
     evaluations: int = 1
@@ -69,13 +67,14 @@ END = 64  # tokens that are scored after a prompt
 
 def by_mask_ratio(run: Run, *_) -> Numbers:
     """The bound, and points of the curve whose mean height it is."""
-    curve = run.points[-1].curve
+    last = run.evaluations[-1]
+    curve = Curve(**last["curve"])
     at = np.interp([ratio * curve.N for ratio in RATIOS], curve.counts, curve.nats)
-    return {"NELBO": run.points[-1].nats, **dict(zip(RATIOS, at.tolist(), strict=True))}
+    return {"NELBO": last["nats"], **dict(zip(RATIOS, at.tolist(), strict=True))}
 
 
-def by_prompt(run: Run, folder: Path, args: argparse.Namespace) -> Numbers:
-    model, _ = load_checkpoint(folder)
+def by_prompt(run: Run, args: argparse.Namespace) -> Numbers:
+    model, _ = load_checkpoint(run.folder)
     x_0 = rows_of(args.data_dir, args.rows, model.config.context_length)
     with autocast():  # always of the same tokens, the last of a row
         return {p: nelbo(model, x_0[:, -END - p :], model.config.mask_id, p).nats
@@ -84,21 +83,22 @@ def by_prompt(run: Run, folder: Path, args: argparse.Namespace) -> Numbers:
 
 def by_epoch(run: Run, *_) -> Numbers:
     tokens = TokenFile(run.config["data_dir"], "train").num_tokens
-    return {point.tokens / tokens: point.nats for point in run.points}
+    return {line["tokens"] / tokens: line["nats"] for line in run.evaluations}
 
 
 def by_tokens(run: Run, *_) -> Numbers:
-    return {point.tokens / 1e6: point.bits_per_byte for point in run.points}
+    return {line["tokens"] / 1e6: line["bits_per_byte"] for line in run.evaluations}
 
 
 def both_losses(run: Run, *_) -> Numbers:
-    nats = [point.nats for point in run.points]
+    nats = [line["nats"] for line in run.evaluations]
     return {"training, first": run.training[0]["loss"], "last": run.training[-1]["loss"],
             "NELBO, best": min(nats), "at the end": nats[-1]}
 
 
 def bits_and_seconds(run: Run, *_) -> Numbers:
-    return {"bits/byte": run.points[-1].bits_per_byte, "seconds": run.training[-1]["seconds"]}
+    return {"bits/byte": run.evaluations[-1]["bits_per_byte"],
+            "seconds": run.training[-1]["seconds"]}
 
 
 # --- The tables: to try something, add a row ------------------------------------------------------
@@ -134,38 +134,14 @@ QUESTIONS = {
         "diffusion": Row(),
     }),
     "recipe": Question(bits_and_seconds, steps=800, rows={
-        "quickstart": Row(),
-        "random masks": Row("--mask-positions random"),
-        "mask ratio bell": Row("--mask-ratio bell"),
-        "mask ratio uniform": Row("--mask-ratio uniform"),
-        "weighting nelbo": Row("--weighting nelbo"),
-        "Muon 0.005": Row("--muon-learning-rate 0.005"),
-        "Muon 0.02": Row("--muon-learning-rate 0.02"),
-        "AdamW 0.01": Row("--learning-rate 0.01"),
-        "AdamW 0.03": Row("--learning-rate 0.03"),
-        "warm-up of 10 steps": Row("--warmup-steps 10"),
-        "warm-up of 200 steps": Row("--warmup-steps 200"),
-        "rates fall at once": Row("--decay-fraction 1"),
-        "averages of 100 steps": Row("--ema-decay 0.99"),
-        "16 rows, 400 steps": Row("--batch-size 16 --steps 400"),
-        "4 rows, 1600 steps": Row("--batch-size 4 --steps 1600"),
-        "400 steps": Row("--steps 400"),
-        "1 layer": Row("--n-layer 1"),
-        "3 layers": Row("--n-layer 3"),
-        "2 layers of 192": Row("--n-embd 192"),
-        "2 layers of 320": Row("--n-embd 320"),
-        "4 layers of 192": Row("--n-layer 4 --n-embd 192"),
-        "1,024 tokens": Row(tokenizer="bpe:1024"),
-        "2,048 tokens": Row(tokenizer="bpe:2048"),
-        "4,096 tokens": Row(tokenizer="bpe:4096"),
-        "16,384 tokens": Row(tokenizer="bpe:16384"),
-        # As many steps as take the time of 800 with 8,192 tokens, on two CPU cores.
-        "1,024 for as long": Row("--steps 1321", tokenizer="bpe:1024"),
-        "2,048 for as long": Row("--steps 1152", tokenizer="bpe:2048"),
-        "4,096 for as long": Row("--steps 976", tokenizer="bpe:4096"),
-        "16,384 for as long": Row("--steps 543", tokenizer="bpe:16384"),
-        "bytes": Row(tokenizer="byte"),
-    }),
+        flags or "quickstart": Row(flags) for flags in (
+            "", "--mask-positions random", "--mask-ratio bell", "--mask-ratio uniform",
+            "--weighting nelbo", "--muon-learning-rate 0.005", "--muon-learning-rate 0.02",
+            "--learning-rate 0.01", "--learning-rate 0.03", "--warmup-steps 10",
+            "--warmup-steps 200", "--decay-fraction 1", "--ema-decay 0.99",
+            "--batch-size 16 --steps 400", "--batch-size 4 --steps 1600", "--steps 400",
+            "--n-layer 1", "--n-layer 3", "--n-embd 192", "--n-embd 320",
+            "--n-layer 4 --n-embd 192")}),
 }
 
 # --- One runner -----------------------------------------------------------------------------------
@@ -185,61 +161,41 @@ def path_of(*parts) -> str:
     return re.sub("[^A-Za-z0-9]+", "-", " ".join(map(str, parts))).strip("-")
 
 
-def corpus_of(row: Row, args: argparse.Namespace) -> Path:
-    """The folder of its training text, made if it is not there."""
-    if not row.tokens and not row.tokenizer:
-        return Path(args.data_dir)
-    name = path_of(args.data_dir, row.tokens) if row.tokens else path_of(args.corpus, row.tokenizer)
-    folder = OUT / "training-data" / name
-    if (folder / "meta.json").exists():
-        return folder
-    if row.tokens:
-        return small_corpus(args.data_dir, row.tokens, folder)
-    words = [args.corpus, "--tokenizer", row.tokenizer, "--out-dir", str(folder)]
-    if code := prepare_data.main(words):
-        sys.exit(code)
-    return folder
-
-
-def train(label: str, seed: int, args: argparse.Namespace) -> Path:
-    """The folder of a finished run, named after its settings: two questions may share it."""
+def train(row: Row, seed: int, args: argparse.Namespace) -> Run:
+    """A finished run, in a folder named after its settings: two questions may share it."""
     question = QUESTIONS[args.question]
-    row = question.rows[label]
     steps = args.steps or question.steps
     interval = max(1, steps // question.evaluations)
-    name = path_of(row.flags or "as it is", row.tokens or "", row.tokenizer, "leak" * row.leak,
+    data_dir = args.data_dir
+    if row.tokens:
+        data_dir = OUT / "training-data" / path_of(args.data_dir, row.tokens)
+        if not (data_dir / "meta.json").exists():
+            small_corpus(args.data_dir, row.tokens, data_dir)
+    name = path_of(row.flags or "as it is", row.tokens or "", "leak" * row.leak,
                    f"steps {steps} measured every {interval} seed {seed}")
-    words = ["--data-dir", corpus_of(row, args), "--seed", seed, "--steps", steps,
-             "--eval-interval", interval, "--eval-rows", 32, "--final-eval-rows", args.rows,
-             "--log-interval", 10]
-    program = {"program": LEAKING} if row.leak else {}
-    return trained(f"training/{name}", *map(str, words), *row.flags.split(), config=args.config,
-                   **program)
+    words = ["--data-dir", data_dir, "--seed", seed, "--steps", steps, "--eval-interval", interval,
+             "--eval-rows", 32, "--final-eval-rows", args.rows, "--log-interval", 10]
+    return read_run(trained(f"training/{name}", *map(str, words), *row.flags.split(),
+                            config=args.config, program=LEAKING if row.leak else ()))
 
 
-def differences(values: Tensor, base: Tensor) -> tuple[list[float], list[float]]:
+def differences(values: Tensor, base: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """How much more `values` are than `base`, both (S,K): means over seeds, and their errors."""
     means, errors = zip(*map(mean_and_error, (values - base).T), strict=True)
-    return list(means), list(errors)  # of a single seed the error is NaN
+    return means, errors  # of a single seed the error is NaN
 
 
 def compare(columns: list[str | float], numbers: dict[str, Tensor]) -> None:
     """Print the means over seeds of each row's numbers (S,K), and its differences to the first."""
-    names = [name if isinstance(name, str) else f"{name:.3g}" for name in columns]
-    widths = [max(9, len(name) + 2) for name in names]
-
-    def line(label: str, cells: list[float], form: str) -> None:
-        texts = (f"{cell:{form}}" for cell in cells)
-        print(f"{label:24}" + "".join(map(str.rjust, texts, widths)))
-
+    names = ["", *(name if isinstance(name, str) else f"{name:.3g}" for name in columns)]
     base = next(iter(numbers))
-    print(" " * 24 + "".join(map(str.rjust, names, widths)))
     for label, values in numbers.items():
-        line(label, values.mean(0).tolist(), ".3f")
+        lines = [[label, *values.mean(0).tolist()]]
         if label != base:
             more, errors = differences(values, numbers[base])
-            line(f"  more than {base}", more, "+.3f")
-            line("  +-", errors, ".3f")
+            lines += [[f"  more than {base}", *more], ["  +-", *errors]]
+        for line in lines:
+            print_row(dict(zip(names, line, strict=True)), heading=line[0] == base)
 
 
 def references(data_dir: str) -> dict[str, float]:
@@ -270,20 +226,20 @@ def paint(panels, question: Question, columns: list[str | float],
 
 
 def paint_dynamics(panels, runs: dict[str, list[Run]]) -> None:
-    """The first run by mask ratio; training (dashed) and validation of all; of the first seed."""
+    """The good run by mask ratio; training (dashed) and validation of all; of the first seed."""
     left, right = panels
-    points = next(iter(runs.values()))[0].points[:-1]
-    curve = points[0].curve
-    for i, m in enumerate(curve.counts):
-        left.plot([point.step for point in points], [point.curve.nats[i] for point in points],
-                  color=(m / curve.N, 0.3, 1 - m / curve.N), label=f"{m / curve.N:.0%}")
+    good = runs["good"][0].evaluations[:-1]
+    for i, m in enumerate(good[0]["curve"]["counts"]):
+        ratio = m / good[0]["curve"]["N"]
+        left.plot([line["step"] for line in good], [line["curve"]["nats"][i] for line in good],
+                  color=(ratio, 0.3, 1 - ratio), label=f"{ratio:.0%}")
     left.set(title="good: CE by mask ratio", xlabel="steps", ylabel="nats per hidden token")
     left.legend(fontsize=8, ncols=3)
     for i, (label, (run, *_)) in enumerate(runs.items()):
         right.plot([line["step"] for line in run.training],
                    [line["loss"] for line in run.training], f"C{i}--")
-        right.plot([point.step for point in run.points], [point.nats for point in run.points],
-                   f"C{i}-", label=label)
+        right.plot([line["step"] for line in run.evaluations],
+                   [line["nats"] for line in run.evaluations], f"C{i}-", label=label)
     right.set(title="dashed: training; solid: validation", xlabel="steps", ylim=(0, 16),
               ylabel="nats per token")
     right.legend()
@@ -292,7 +248,8 @@ def paint_dynamics(panels, runs: dict[str, list[Run]]) -> None:
 # --- The command ----------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+@command("experiments.training")
+def main(arguments: list[str]) -> None:
     parser = flags("training", __doc__, checkpoint=False)
     parser.set_defaults(picture=None)
     add = parser.add_argument
@@ -300,29 +257,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--seeds", type=count, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     add("--steps", type=count, help="of each training (default: 120 or 240; of recipe: 800)")
     add("--rows", type=several, default=256, help="of validation text (default: %(default)s)")
-    add("--only", nargs="+", metavar="ROW", help="of the table; the first is compared with")
     add("--config", default="configs/quickstart.toml", help="(default: %(default)s)")
-    add("--corpus", default="sotu", help="of recipe, for prepare_data.py (default: %(default)s)")
     args = parser.parse_args(arguments)
-    rows = list(QUESTIONS[args.question].rows)
-    args.only = args.only or rows
-    for label in set(args.only) - set(rows):
-        parser.error(f"{label!r} is no row of {args.question}: choose from {'; '.join(rows)}")
-    args.picture = args.picture or OUT / f"training-{args.question}.png"
-    return args
-
-
-@command("experiments.training")
-def main(arguments: list[str]) -> None:
-    args = parse(arguments)
+    picture = args.picture or OUT / f"training-{args.question}.png"
     question = QUESTIONS[args.question]
     runs = {}
     numbers = {}
-    for label in args.only:
-        folders = [train(label, seed, args) for seed in args.seeds]
-        runs[label] = [read_run(folder) for folder in folders]
-        measured = [question.measure(run, folder, args)
-                    for run, folder in zip(runs[label], folders, strict=True)]
+    for label, row in question.rows.items():
+        runs[label] = [train(row, seed, args) for seed in args.seeds]
+        measured = [question.measure(run, args) for run in runs[label]]
         columns = list(measured[0])
         numbers[label] = torch.tensor([list(one.values()) for one in measured]).double()
     print(f"\n{args.question}: means over the seeds {args.seeds}")
@@ -332,9 +275,9 @@ def main(arguments: list[str]) -> None:
     if args.question == "dynamics":
         result["references"] = references(args.data_dir)
         print(*(f"{what:30}{nats:.2f}" for what, nats in result["references"].items()), sep="\n")
-        draw(args.picture, lambda panels: paint_dynamics(panels, runs), columns=2)
+        draw(picture, lambda panels: paint_dynamics(panels, runs), columns=2)
     elif question.x:
-        draw(args.picture, lambda panels: paint(panels, question, columns, numbers), columns=2)
+        draw(picture, lambda panels: paint(panels, question, columns, numbers), columns=2)
     report(result)
 
 

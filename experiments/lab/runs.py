@@ -10,17 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion import (
-    Curve,
-    Model,
-    draw_mask,
-    keyed_generator,
-    mean_and_error,
-    row_losses,
-)
+from diffusion import Curve, Model, draw_mask, keyed_generator, mean_and_error, row_losses
 from plumbing import machine
 from plumbing.vocabulary import copy_file
-from prepare_data import DataError, TokenFile, get_tokenizer, write_dataset
+from prepare_data import TokenFile, get_tokenizer, write_dataset
 
 ROOT = Path(__file__).parent.parent.parent
 TRAIN = ROOT / "train.py"
@@ -28,21 +21,19 @@ OUT = Path("out/experiments")
 
 
 def trained(name: str, *settings: str, config: str = "configs/quickstart.toml",
-            program: tuple[str | Path, ...] = (TRAIN,)) -> Path:
+            program: tuple[str, ...] = ()) -> Path:
     """The folder of a finished run of train.py: found in out/experiments/NAME, continued, or new.
 
     settings: flags of train.py. If it fails, it has said why, and we end with its exit code. A run
         of this name with other settings is such a failure: delete its folder to train again.
-    program: what Python runs, if not train.py itself: a module of ours that calls train.main.
+    program: what Python runs instead of train.py: something that calls train.main.
     """
     folder = OUT / name
     resume = ["--resume"] if (folder / "state.safetensors").exists() else []
-    shown = " ".join("train.py" if word == TRAIN else str(word) for word in program)
-    print(f"$ python {shown} {' '.join([config, *settings])} --out-dir {folder}", flush=True)
-    words = [sys.executable, *program, config, *settings, "--out-dir", folder, *resume]
-    large_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # faster on Linux: bench/NOTES.md
-    environment = large_pages | os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(words, env=environment)
+    words = [*(program or [TRAIN]), config, *settings, "--out-dir", folder]
+    print("$ python", *words, flush=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, *words, *resume], env=environment)
     if result.returncode:
         sys.exit(result.returncode)
     return folder
@@ -53,46 +44,35 @@ def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
     train = TokenFile(data_dir, "train")
     val = TokenFile(data_dir, "val")
     tokenizer = get_tokenizer(train.tokenizer, data_dir)
-    end = tokenizer.decode([tokenizer.eot_token])
-    length = min(1024, tokens)  # of windows, evenly spread: the beginning alone would be the oldest
-    windows = train.spread(max(1, tokens // length), length).tolist()
-    texts = [("train", window) for window in windows] + [("val", val.tokens.tolist())]
-    documents = ((split, [text]) for split, ids in texts
-                 for text in tokenizer.decode(ids).split(end) if text)
+    windows = train.spread(tokens // 1024, 1024)  # the beginning alone would be the oldest text
+    pieces = [*(("train", window) for window in windows), ("val", val.tokens)]
+    documents = ((split, [text]) for split, ids in pieces
+                 for text in tokenizer.decode(ids.tolist()).split("<|endoftext|>") if text)
     out_dir.mkdir(parents=True, exist_ok=True)
     copy_file(train.tokenizer, data_dir, out_dir)  # the same tokens, whatever is left of the text
     write_dataset(documents, train.tokenizer, out_dir, f"{tokens} tokens of {data_dir}")
     return out_dir
 
 
-class Point(NamedTuple):
-    """An evaluation, after so many steps and tokens of training."""
-
-    step: int
-    tokens: int
-    nats: float  # per token of validation text
-    bits_per_byte: float
-    curve: Curve | None  # CE(m); None for GPT
-
-
 class Run(NamedTuple):
     """A training run, as its folder tells it."""
 
+    folder: Path
     config: dict
-    training: list[dict]  # the lines of its log: step, loss ...
-    points: list[Point]
+    training: list[dict]  # lines of log.jsonl: step, loss, seconds ...
+    evaluations: list[dict]  # others: step, tokens, nats, curve ...; the last of each step
 
 
 def read_run(folder: Path) -> Run:
-    """The run that train.py wrote into `folder`, with the last evaluation of each step."""
+    """The run that train.py wrote into `folder`, with the tokens read before each evaluation."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = (folder / "log.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
-    tokens = config["batch_size"] * config["context_length"]  # of a step
-    points = {line["step"]: Point(line["step"], line["step"] * tokens, line["nats"],
-                                  line["bits_per_byte"], line["curve"] and Curve(**line["curve"]))
-              for line in lines if "nats" in line}
-    return Run(config, [line for line in lines if "loss" in line], list(points.values()))
+    evaluations = {line["step"]: line for line in lines if "nats" in line}
+    for line in evaluations.values():
+        line["tokens"] = line["step"] * config["batch_size"] * config["context_length"]
+    losses = [line for line in lines if "loss" in line]
+    return Run(folder, config, losses, list(evaluations.values()))
 
 
 def autocast(device: str = "cpu") -> torch.autocast:
@@ -104,8 +84,6 @@ def autocast(device: str = "cpu") -> torch.autocast:
 def rows_of(data_dir: str, rows: int, length: int) -> Tensor:
     """(rows or fewer, length) int64: always the same windows of validation text, an even number."""
     x_0 = torch.from_numpy(TokenFile(data_dir, "val").spread(rows, length))
-    if len(x_0) < 2:
-        raise DataError(f"{data_dir} has too little validation text to measure on: prepare more")
     return x_0[: len(x_0) // 2 * 2]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import EXACT, FOX, Fixed, T, V, seeded
+from oracles import EXACT, Fixed, T, V, seeded
 
 import diffusion
 from diffusion import Curve, Masking
@@ -181,7 +181,7 @@ def test_differences_are_taken_seed_by_seed(capsys):
     heading, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert heading == ["NELBO", "0.5"]
     assert lines == [["first", "1.500", "6.000"], ["second", "1.700", "5.000"],
-                     ["more", "than", "first", "+0.200", "-1.000"], ["+-", "0.100", "0.000"]]
+                     ["more", "than", "first", "0.200", "-1.000"], ["+-", "0.100", "0.000"]]
 
 
 def test_the_same_end_is_scored_after_every_prompt(monkeypatch):
@@ -199,7 +199,7 @@ def test_the_same_end_is_scored_after_every_prompt(monkeypatch):
     monkeypatch.setattr(training, "rows_of", lambda *arguments: x_0)
     monkeypatch.setattr(training, "PROMPTS", (0, 2, 3))
     monkeypatch.setattr(training, "END", 2)
-    found = training.by_prompt(None, Path(), SimpleNamespace(data_dir="", rows=4000))
+    found = training.by_prompt(SimpleNamespace(folder=""), SimpleNamespace(data_dir="", rows=4000))
     assert list(found) == [0, 2]  # 3 + 2 do not fit
     assert {tokens.size(1) for tokens in shown} == {2, 4}
     prompts = [tokens[:, :2] for tokens in shown if tokens.size(1) == 4]
@@ -245,15 +245,13 @@ def test_the_twin_is_compared_at_equal_tokens(finish):
 
 
 def test_the_recipe_is_a_table_of_whole_trainings(workplace, started, monkeypatch, capsys):
-    Path("text.txt").write_text(FOX * 300)
-    rows = {"as it is": training.Row(tokenizer="byte"),
-            "300 tokens": training.Row("--learning-rate 0.02", tokenizer="bpe:300")}
+    rows = {"quickstart": training.Row(), "--weighting nelbo": training.Row("--weighting nelbo")}
+    assert rows.items() <= training.QUESTIONS["recipe"].rows.items()
     question = training.QUESTIONS["recipe"]._replace(rows=rows)
     monkeypatch.setitem(training.QUESTIONS, "recipe", question)
-    flags = "recipe --config tiny.toml --steps 4 --corpus text.txt --seeds 1 2"
-    assert training.main(flags.split()) == 0
+    assert training.main("recipe --config tiny.toml --steps 4 --seeds 1 2".split()) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert config_of("*bpe-300-*-seed-2")["learning_rate"] == 0.02
+    assert config_of("weighting-nelbo-*-seed-2")["weighting"] == "nelbo"
     for rows in result["numbers"].values():
         assert len({bits for bits, seconds in rows}) == 2
 

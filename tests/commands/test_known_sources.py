@@ -117,7 +117,7 @@ def test_the_proof_corpus_measures_the_gap_on_the_same_questions(finish):
     for name, (objective, nats) in best.items():
         for i in range(2):
             folder = Path(f"out/experiments/proof-corpus/{objective}-{i + 1}")
-            found = {str(point.step): point.nats for point in read_run(folder).points}
+            found = {str(line["step"]): line["nats"] for line in read_run(folder).evaluations}
             assert list(found) == list(result["gaps"][name]) == ["2", "4"]
             for step, gaps in result["gaps"][name].items():
                 assert gaps[i] == pytest.approx(100 * (found[step] - nats) / H, rel=1e-4)

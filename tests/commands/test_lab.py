@@ -101,7 +101,8 @@ def test_a_run_is_its_log_with_the_last_evaluation_of_each_step(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     run = runs.read_run(tmp_path)
-    assert [(p.step, p.tokens, p.nats, p.bits_per_byte) for p in run.points] == [
+    assert [(line["step"], line["tokens"], line["nats"], line["bits_per_byte"])
+            for line in run.evaluations] == [
         (1, 10, 5.0, 2.5), (4, 40, 4.0, 2.0), (5, 50, 3.0, 1.5)]
     assert [line["loss"] for line in run.training] == [3, 2]
 

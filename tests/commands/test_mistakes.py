@@ -22,7 +22,6 @@ COMMANDS = [
     ("sampling", "methods --checkpoint=twin", "twin is autoregressive: it is the judge"),
     ("training", "speed", "invalid choice: 'speed'"),
     ("training", "masking --steps=0", "must be at least 1, not 0"),
-    ("training", "masking --only nothing", "'nothing' is no row of masking: choose from"),
     ("training", "repetition --data-dir=nowhere", "run prepare_data.py"),
     ("prices", "--checkpoint nowhere", "nowhere/model.safetensors does not exist"),
     ("prices", "--num-samples=1", "must be at least 2, not 1"),
