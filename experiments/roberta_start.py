@@ -129,10 +129,8 @@ def read_tokens(folder: str, split: str, tokenizer) -> Tensor:
     file = TokenFile(folder, split)
     text = get_tokenizer(file.tokenizer, folder).decode(file.tokens.tolist())
     documents = [document + "\n\n" for document in text.split("<|endoftext|>") if document]
-    tokens = torch.cat([tokenizer(document, add_special_tokens=False, return_tensors="pt")
-                        ["input_ids"][0] for document in documents])
-    if len(tokens) < LENGTH:
-        raise DataError(f"{file.path} has {len(tokens)} tokens, fewer than one row of {LENGTH}")
+    encoded = tokenizer(documents, add_special_tokens=False)["input_ids"]
+    tokens = torch.cat([torch.tensor(ids) for ids in encoded])
     if torch.isin(tokens, torch.tensor(tokenizer.all_special_ids)).any():
         raise DataError(f"{file.path} has special tokens of this RoBERTa in its text")
     return tokens
@@ -157,8 +155,6 @@ def train(model: Roberta, tokens: Tensor, objective: str, steps: int, rate: floa
         batch = corrupt(x_0, model.mask_id, masking, keyed_generator(seed, step, "mask"))
         with autocast(device.type):
             value = loss(model, hand_over(batch, device))
-        if not value.isfinite():
-            raise FloatingPointError(f"the loss of step {step} is {value.item()}")
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -172,7 +168,7 @@ def train(model: Roberta, tokens: Tensor, objective: str, steps: int, rate: floa
 def pretrained(data_dir: str, steps: int, device: torch.device) -> Path:
     """The folder of a small RoBERTa that has learned what RoBERTa learns; if need be, made now."""
     folder = OUT / f"roberta-{steps}-steps"
-    if not folder.exists():
+    if not (folder / "model.safetensors").exists():
         letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # of the 256 bytes
         words = ["<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>"]
         tokenizer = transformers.RobertaTokenizerFast({word: i for i, word in enumerate(words)})
@@ -181,10 +177,8 @@ def pretrained(data_dir: str, steps: int, device: torch.device) -> Path:
         tokens = read_tokens(data_dir, "train", tokenizer)
         for _ in train(model, tokens, "mlm", steps, rate=3e-4, seed=0):
             pass
-        part = folder.with_name(folder.name + ".part")
-        model.network.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        part.rename(folder)  # so that it is there whole or not at all
+        tokenizer.save_pretrained(folder)
+        model.network.save_pretrained(folder)
     return folder
 
 

@@ -204,13 +204,10 @@ def test_without_the_package_one_line_says_how_to_get_it(capsys, monkeypatch):
 # --- The experiment -------------------------------------------------------------------------------
 
 
-def test_documents_are_joined_by_empty_lines(texts, model, monkeypatch):
+def test_documents_are_joined_by_empty_lines(texts, model):
     tokens = read_tokens(texts, "train", model.tokenizer)
     assert model.tokenizer.decode(tokens) == "".join(text + "\n\n" for text in TEXTS)
     assert len(tokens) < 2200  # of 2,450 bytes: some are merged
-    monkeypatch.setattr(roberta_start, "LENGTH", 3000)
-    with pytest.raises(DataError, match="fewer than one row of 3000"):
-        read_tokens(texts, "train", model.tokenizer)
 
 
 def test_a_special_token_in_the_text_is_refused(texts, model):
@@ -229,7 +226,6 @@ def test_roberta_start(texts, finish, offline):
     assert (ours[0, 0] == ours[1, 0]) and (ours[0, 2] != ours[1, 2])  # one start, two seeds
     assert (other[0] != other[1]).all()
     folder = OUT / "roberta-3-steps"
-    assert not list(OUT.glob("*.part"))  # nothing unfinished stays
     before = (folder / "model.safetensors").read_bytes()
     assert finish(roberta_start, flags)[1] == result  # from the folder it finds
     assert (folder / "model.safetensors").read_bytes() == before
