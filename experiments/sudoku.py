@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import Model, corrupt, keyed_generator, loss
-from experiments.lab.command import at_least, count, flags, report, several
+from experiments.lab.command import count, flags, report, several
 from experiments.lab.judge import fraction_and_error, write
 from experiments.lab.pictures import draw
 from experiments.lab.runs import autocast
@@ -194,7 +194,7 @@ def main(arguments: list[str]) -> None:
     add("--steps", type=count, default=1000, help="of training (default: 1000)")
     add("--train-boards", type=several, default=200_000, help="(default: 200000)")
     add("--boards", type=several, default=256, help="held-out puzzles (default: 256)")
-    add("--seed", type=at_least(0), default=1, help="(default: 1)")
+    add("--seed", type=int, default=1, help="(default: 1)")
     add("--no-compile", action="store_true", help="do not compile the training step")
     args = parser.parse_args(arguments)
     keep_freed_memory()  # makes a CPU faster
