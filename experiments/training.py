@@ -206,9 +206,6 @@ def references(data_dir: str) -> dict[str, float]:
     return {"ln V: all tokens alike": math.log(file.vocab_size), "token frequencies": float(nats)}
 
 
-# --- The pictures ---------------------------------------------------------------------------------
-
-
 def paint(panels, question: Question, columns: list[str | float],
           numbers: dict[str, Tensor]) -> None:
     """The means of each row over the columns, which are numbers; its differences to the first."""
@@ -243,9 +240,6 @@ def paint_dynamics(panels, runs: dict[str, list[Run]]) -> None:
     right.set(title="dashed: training; solid: validation", xlabel="steps", ylim=(0, 16),
               ylabel="nats per token")
     right.legend()
-
-
-# --- The command ----------------------------------------------------------------------------------
 
 
 @command("experiments.training")
