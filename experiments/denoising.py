@@ -83,7 +83,7 @@ def picture(steps: list[dict]) -> str:
                           steps="".join(groups))
 
 
-@command("experiments.denoising")
+@command("experiments.denoising", OSError)  # of a file that isn't there
 def main(arguments: list[str]) -> None:
     parser = Parser(prog="experiments.denoising", description=__doc__.split("\n")[0])
     parser.add_argument("steps", metavar="STEPS.jsonl", help="what sample.py --jsonl wrote")
@@ -92,12 +92,10 @@ def main(arguments: list[str]) -> None:
     try:
         with open(args.steps, encoding="utf-8") as lines:
             text = picture([json.loads(line) for line in lines])
-        args.picture.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise Mistake(str(error)) from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
             RecursionError) as error:
         raise Mistake(f"{args.steps} is not what sample.py --jsonl writes ({error})") from None
+    args.picture.write_text(text, encoding="utf-8")
     print(f"{args.picture}: {len(text) / 1000:.0f} KB; open it in a browser")
 
 
