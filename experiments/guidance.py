@@ -107,8 +107,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--prefix", default="My fellow citizens,", help="what is strengthened")
     args = parser.parse_args(arguments)
     twins = load_twins(args.checkpoint, args.judge, args.data_dir)
-    tokenizer = get_tokenizer(twins.info["tokenizer"], args.checkpoint)
-    prefix = tokenizer.encode_ordinary(args.prefix)
+    prefix = twins.tokenizer.encode_ordinary(args.prefix)
     length = min(128, twins.N)  # tokens of a text
     if len(prefix) >= length:
         raise ConfigError(f"--prefix has {len(prefix)} tokens, as many as a text: shorten it")
@@ -118,9 +117,7 @@ def main(arguments: list[str]) -> None:
 
     def say(name: str, tokens: Tensor) -> None:
         modern, error = fraction_and_error(second[tokens[:, len(prefix) :]].sum(1) > 0)
-        cost = judge(twins, tokens)
-        rows.append({"guidance": name, "modern": modern, "+-": error, "judge": cost["judge"],
-                     "error": cost["error"], "distinct": cost["distinct"]})
+        rows.append({"guidance": name, "modern": modern, "+-": error} | judge(twins, tokens))
         print_row(rows[-1], heading=len(rows) == 1)
 
     for name, stream in zip(("real old text", "real modern text"), classes[0], strict=True):

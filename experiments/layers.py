@@ -20,17 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion import Curve, Model, draw_mask, keyed_generator
+from diffusion import Curve, Model
 from experiments.lab.command import count, flags, report, several
-from experiments.lab.judge import write
+from experiments.lab.judge import load_writer, some_positions, write
 from experiments.lab.pictures import draw
 from experiments.lab.runs import autocast, measure_curve, rows_of
-from model import Attention, Transformer, norm, rotate
-from plumbing.checkpoint import load_checkpoint
+from model import Attention, Transformer, mix_neighbours, norm, rotate
 from plumbing.command import command
-from plumbing.config import ConfigError
 from plumbing.text import tokens_with_holes
-from prepare_data import get_tokenizer
 
 
 def lens(model: Transformer, blocks: int) -> Model:
@@ -47,16 +44,15 @@ def lens(model: Transformer, blocks: int) -> Model:
     return early
 
 
-def decided(lenses: dict[str, Model], states: list[Tensor], mask_id: int) -> dict[str, list[float]]:
-    """Through each lens, before each call: the fraction of the positions still hidden where its
-    first choice is what will be written. states: (B,T) before and after each call."""
+def decided(network: Model, states: list[Tensor], mask_id: int) -> list[float]:
+    """Before each call: the fraction of the positions still hidden where the first choice of the
+    network is what will be written. states: (B,T) before and after each call."""
     *before, last = states
-    fractions = {name: [] for name in lenses}
+    fractions = []
     for x in before:
         positions = (x == mask_id).flatten().nonzero().squeeze(1)  # (P,)
-        for name, network in lenses.items():
-            right = network(x, positions).argmax(-1) == last.flatten()[positions]
-            fractions[name].append(right.float().mean().item())
+        right = network(x, positions).argmax(-1) == last.flatten()[positions]
+        fractions.append(right.float().mean().item())
     return fractions
 
 
@@ -72,13 +68,13 @@ def attention_weights(attention: Attention, x: Tensor, rotary: Tensor) -> Tensor
 @torch.no_grad()
 def all_attention(model: Transformer, tokens: Tensor) -> Tensor:
     """(L,B,H,T,T): who looks at whom, in every layer and head, while the model reads tokens."""
+    rotary = model.rotary[:, : tokens.size(1)]
+    x = norm(model.embedding(tokens))  # (B,T,C)
     found = []
-    hooks = [block.attention.register_forward_pre_hook(
-        lambda attention, inputs: found.append(attention_weights(attention, *inputs)))
-        for block in model.blocks]
-    model(tokens)
-    for hook in hooks:
-        hook.remove()
+    for block in model.blocks:
+        seen = norm(mix_neighbours(x, block.neighbours, causal=False))
+        found.append(attention_weights(block.attention, seen, rotary))
+        x = block(x, rotary)
     return torch.stack(found)
 
 
@@ -112,10 +108,7 @@ def main(arguments: list[str]) -> None:
     add("--text", default="The state of the[MASK] is strong, and the people of the United[MASK] "
         "are at[MASK] with all the[MASK] of the world.", help="(default: %(default)s)")
     args = parser.parse_args(arguments)
-    model, info = load_checkpoint(args.checkpoint)
-    if model.config.causal:
-        raise ConfigError(f"{args.checkpoint} is autoregressive: it has no hidden tokens to fill")
-    tokenizer = get_tokenizer(info["tokenizer"], args.checkpoint)
+    model, tokenizer = load_writer(args.checkpoint)
     mask_id = model.config.mask_id
     T = model.config.context_length
     text = torch.tensor([tokens_with_holes(args.text, tokenizer, mask_id)])
@@ -135,15 +128,16 @@ def main(arguments: list[str]) -> None:
     with autocast():
         curves = {name: measure_curve(network, x_0, mask_id, 10, "layers")
                   for name, network in lenses.items()}
-        fractions = decided(lenses, [state.tokens for state in states], mask_id)
+        fractions = {name: decided(network, [state.tokens for state in states], mask_id)
+                     for name, network in lenses.items()}
     print(f"\n{'CE, hidden':12}     10%     50%    100%    decided, before call 1     9    16")
     for name, curve in curves.items():
         nats = np.interp([0.1 * T, 0.5 * T, T], curve.counts, curve.nats)
         print(f"{name:12}" + "".join(f"{value:8.3f}" for value in nats) + " " * 20
               + "".join(f"{fractions[name][call]:6.0%}" for call in (0, 8, -1)))
 
-    mask = draw_mask(torch.full((len(x_0),), T // 2), T, 0, keyed_generator(0, 0, "attention"))
-    weights = all_attention(model, x_0[:16].masked_fill(mask[:16], mask_id)).mean(1)
+    half_hidden = x_0.masked_fill(some_positions(x_0, T // 2, "attention"), mask_id)
+    weights = all_attention(model, half_hidden[:16]).mean(1)  # (L,H,T,T)
     draw(args.picture, lambda panels: paint(panels, curves, fractions, weights), columns=3)
     report({"ce": {name: dict(zip(curve.counts, curve.nats, strict=True))
                    for name, curve in curves.items()}, "decided": fractions})

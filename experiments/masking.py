@@ -21,16 +21,14 @@ from torch import Generator, Tensor
 
 from diffusion import draw_mask, keyed_generator, mean_and_error
 from experiments.lab.command import count, flags, report, several
-from experiments.lab.judge import print_row
+from experiments.lab.judge import load_writer, print_row
 from experiments.lab.pictures import draw
 from experiments.lab.runs import rows_of
 from experiments.prices import costs
 from model import Transformer
-from plumbing.checkpoint import load_checkpoint
 from plumbing.command import command
-from plumbing.config import ConfigError
 from plumbing.terminal import HIDDEN, harmless
-from prepare_data import TokenFile, get_tokenizer
+from prepare_data import TokenFile
 
 
 class Text(NamedTuple):
@@ -84,9 +82,10 @@ def price(model: Transformer, x_0: Tensor, mask: Tensor, calls: int) -> Tensor:
 
 def compare(model: Transformer, x_0: Tensor, masks: dict[str, Tensor]) -> list[dict]:
     """A row for each mask (B,T) of the texts x_0 (B,T), also printed."""
-    prices = {name: price(model, x_0, mask, 16) for name, mask in masks.items()}  # (B,) each
+    prices: dict[str, Tensor] = {}  # (B,) each
     rows = []
     for name, mask in masks.items():
+        prices[name] = price(model, x_0, mask, 16)
         nats, error = mean_and_error(prices[name])
         more, more_error = mean_and_error(prices[name] - prices["random"])
         rows.append({"hidden half": name, "at_once": price(model, x_0, mask, 1).mean().item(),
@@ -118,12 +117,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rows", type=several, default=64, help="texts (default: 64)")
     parser.add_argument("--width", type=count, default=20, help="tokens to show (default: 20)")
     args = parser.parse_args(arguments)
-    model, info = load_checkpoint(args.checkpoint)
-    if model.config.causal:
-        raise ConfigError(f"{args.checkpoint} is autoregressive: it never sees hidden text")
+    model, tokenizer = load_writer(args.checkpoint)
     T = model.config.context_length
     x_0 = rows_of(args.data_dir, args.rows, T)
-    tokenizer = get_tokenizer(info["tokenizer"], args.checkpoint)
     spelled = [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)]
     texts = [spelled[i].replace("\n", " ") for i in x_0[0, : args.width]]
 

@@ -29,7 +29,6 @@ from experiments.lab.judge import Twins, load_twins
 from experiments.lab.pictures import draw
 from experiments.lab.runs import autocast, rows_of
 from plumbing.command import command
-from plumbing.config import ConfigError
 from prepare_data import TokenFile
 from sample import denoise, left_to_right_model
 
@@ -124,7 +123,7 @@ def price_holes(twins: Twins, texts: Tensor) -> dict[str, list]:
     gpt = left_to_right_model(twins.judge, twins.mask_id)
     found = {}
     for name, pattern in HOLES.items():
-        rows, hole = dig_holes(texts, twins.decode, pattern)
+        rows, hole = dig_holes(texts, twins.tokenizer.decode, pattern)
         if not len(rows):  # texts too short for a sentence
             continue
         x = rows.masked_fill(hole, twins.mask_id)
@@ -153,8 +152,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--calls", type=count, nargs="+", default=[4, 8, 16, 32, 256])
     args = parser.parse_args(arguments)
     twins = load_twins(args.checkpoint, args.judge, args.data_dir)
-    if twins.N % UNIT:
-        raise ConfigError(f"a text must have a multiple of {UNIT} tokens, not {twins.N}")
     texts = rows_of(args.data_dir, 2 * args.num_samples, twins.N)
     x_0 = texts[::2]
     val = TokenFile(args.data_dir, "val")

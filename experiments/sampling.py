@@ -28,23 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import (
-    SCHEDULES,
-    Curve,
-    draw_mask,
-    keyed_generator,
-    mean_and_error,
-    optimal_schedule,
-    schedule_nelbo,
-    smooth,
-)
-from experiments.lab.command import flags_with_judge, report, several
-from experiments.lab.judge import Twins, judge, judged, load_twins, print_row
+from diffusion import SCHEDULES, mean_and_error, optimal_schedule, schedule_nelbo, smooth
+from experiments.lab.command import flags_with_judge, report
+from experiments.lab.judge import Twins, judge, judged, load_twins, print_row, some_positions
 from experiments.lab.pictures import draw
 from experiments.lab.runs import OUT, measure_curve, rows_of
 from experiments.prices import prices
 from plumbing.command import command
-from sample import REMASKS, State, left_to_right_model
+from sample import REMASKS, left_to_right_model
 
 # A label is "line" or "line, point": the picture joins the points of a line. "the twin" writes
 # itself, from left to right; everything else is written by the diffusion model.
@@ -79,124 +70,101 @@ QUESTIONS: dict[str, dict[str, dict]] = {
 }
 THRESHOLDS = (0.5, 0.7, 0.9)  # of adaptive
 
-# --- One table of samplers ------------------------------------------------------------------------
 
-
-def price(twins: Twins, x_0: Tensor, curve: Curve, options: dict) -> Tensor:
-    """(B,): nats per token of each real text x_0 (B,N) under a sampler at temperature 1. Of the
-    order random (1,): their mean, by `curve`."""
-    how = {name: options[name] for name in ("order", "steps", "schedule")}
-    if how["order"] == "random":
-        return torch.tensor([schedule_nelbo(curve, how["schedule"], how["steps"])])
-    return prices(twins.model, x_0, twins.mask_id, **how)
-
-
-def line_of(row: dict) -> str:
-    return row["sampler"].split(",")[0]
-
-
-def real_row(twins: Twins, tokens: Tensor, *columns: str) -> dict:
-    """The row of real text, which nobody had to write, with further columns left empty; printed."""
-    row = {"sampler": "real text", "calls": None, "tokens_per_second": None}
-    row |= judge(twins, tokens) | dict.fromkeys(columns)
-    print_row(row, heading=True)
-    return row
+def price(twins: Twins, texts: Tensor, samplers: dict[str, dict]) -> dict[str, dict]:
+    """Columns for each sampler. An optimal schedule becomes a list of counts in its options."""
+    x_0 = texts[::2]
+    curve = measure_curve(twins.model, x_0, twins.mask_id, 16, "to price")
+    others = measure_curve(twins.model, texts[1::2], twins.mask_id, 16, "to fit")
+    first: dict[str, Tensor] = {}  # by order, (B,): nats per token of each text
+    columns = {}
+    for label, options in samplers.items():
+        order, steps = options["order"], options["steps"]
+        if options["schedule"] == "optimal":  # found on other texts than it is priced on
+            options["schedule"] = optimal_schedule(smooth(others), steps)
+        if order == "random":  # only the mean of all texts and orders is known: (1,)
+            by_text = torch.tensor([schedule_nelbo(curve, options["schedule"], steps)])
+        else:
+            by_text = prices(twins.model, x_0, twins.mask_id, **options)
+        more, error = mean_and_error(by_text - first.setdefault(order, by_text))
+        columns[label] = {"price": by_text.mean().item(), "more": more,
+                          "+-": error if len(by_text) > 1 else None}
+    return columns
 
 
 def table(args: argparse.Namespace, twins: Twins) -> list[dict]:
     """Write, judge and print: real text, then a row for each sampler of the question."""
-    priced = args.question in ("steps", "schedules")
+    samplers = {label: BASE | options for label, options in QUESTIONS[args.question].items()}
+    columns = dict.fromkeys(samplers, {})
+    if args.question in ("steps", "schedules"):
+        columns = price(twins, rows_of(args.data_dir, 2 * args.num_samples, twins.N), samplers)
+    real = judge(twins, rows_of(args.data_dir, args.num_samples, twins.N))
+    rows = [{"sampler": "real text", "calls": None, "tokens_per_second": None, **real,
+             **dict.fromkeys(columns[next(iter(columns))])}]
+    print_row(rows[0], heading=True)
     causal = left_to_right_model(twins.judge, twins.mask_id)
     x = torch.full((args.num_samples, twins.N), twins.mask_id)
-    x_0 = rows_of(args.data_dir, 2 * args.rows, twins.N)
-    if priced:
-        measured = measure_curve(twins.model, x_0[::2], twins.mask_id, 16, "to price")
-    if args.question == "schedules":  # the best one is found on other texts than it is priced on
-        fitted = smooth(measure_curve(twins.model, x_0[1::2], twins.mask_id, 16, "to fit"))
-    rows = [real_row(twins, rows_of(args.data_dir, args.num_samples, twins.N),
-                     *(("price", "more", "+-") if priced else ()))]
-    first: dict[str, Tensor] = {}  # prices by order
     samples = []
-    for label, options in QUESTIONS[args.question].items():
-        options = BASE | options
-        if options["schedule"] == "optimal":
-            options["schedule"] = optimal_schedule(fitted, options["steps"])
+    for label, options in samplers.items():
         network = causal if label.startswith("the twin") else twins.model
         row, states = judged(twins, label, x, network, **options)
-        if priced:
-            by_text = price(twins, x_0[::2], measured, options)
-            more, error = mean_and_error(by_text - first.setdefault(options["order"], by_text))
-            row |= {"price": by_text.mean().item(), "more": more,
-                    "+-": error if len(by_text) > 1 else None}
-        print_row(row)
-        rows.append(row)
-        samples.append(f"{label:24} {twins.decode(states[-1].tokens[0].tolist())[:75]!r}")
+        rows.append(row | columns[label])
+        print_row(rows[-1])
+        text = twins.tokenizer.decode(states[-1].tokens[0].tolist())
+        samples.append(f"{label:24} {text[:75]!r}")
     print("", *samples, sep="\n")
     return rows
 
 
-# --- Adaptive -------------------------------------------------------------------------------------
-
-
-def calls_of_texts(states: list[State], mask_id: int) -> float:
-    """Model calls until a text has nothing hidden, mean over the texts: without remasking, the
-    number of states in which something of it is hidden."""
-    return sum((state.tokens == mask_id).any(1).float().mean().item() for state in states)
-
-
-def restored(tokens: Tensor, x: Tensor, x_0: Tensor, mask_id: int) -> Tensor:
-    """(n,) float64: the fraction of the hidden tokens of x (n,T) that `tokens` restores."""
-    hidden = x == mask_id
-    return ((tokens == x_0) & hidden).sum(1).double() / hidden.sum(1)
-
-
 def adaptive(twins: Twins, x_0: Tensor, x: Tensor) -> list[dict]:
     """Fill the holes of x, some texts x_0 (n,T): two printed rows for each threshold."""
-    rows = [real_row(twins, x_0, "right", "more", "+-")]
+    hidden = x == twins.mask_id
+    rows = []
     for threshold in THRESHOLDS:
         steps = None  # with a threshold, the slowest pace: a token per call
-        rights = []
+        rights = []  # (n,) each: of the hidden tokens of a text, the fraction that is restored
         for how in (dict(threshold=threshold), {}):
             label = f"{'threshold' if how else 'fixed'}, {threshold}"
-            row, states = judged(twins, label, x, order="spread", temperature=0.0, steps=steps,
-                                 **how)
-            row["calls"] = calls_of_texts(states, twins.mask_id)
+            row, states = judged(twins, label, x, twins.model, order="spread", temperature=0.0,
+                                 steps=steps, **how)
+            # The states in which something of a text is hidden: its calls; mean over the texts.
+            row["calls"] = sum((state.tokens == twins.mask_id).any(1).double().mean().item()
+                               for state in states)
             steps = max(1, round(row["calls"]))  # what the fixed schedule is given next
-            rights.append(restored(states[-1].tokens, x, x_0, twins.mask_id))
+            rights.append(((states[-1].tokens == x_0) & hidden).sum(1).double() / hidden.sum(1))
             more, error = mean_and_error(rights[-1] - rights[0])
-            row |= {"right": rights[-1].mean().item(), "more": more, "+-": error}
-            print_row(row)
-            rows.append(row)
+            rows.append(row | {"right": rights[-1].mean().item(), "more": more, "+-": error})
+            print_row(rows[-1], heading=len(rows) == 1)
     return rows
 
 
-# --- The command ----------------------------------------------------------------------------------
+def plot(panel, rows: list[dict], x: str, y: str, error: str | None) -> None:
+    """Column y against x, a line for each line of the table."""
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        lines.setdefault(row["sampler"].split(",")[0], []).append(row)
+    for line, points in lines.items():
+        panel.errorbar([row[x] for row in points], [row[y] for row in points],
+                       [row[error] or 0 for row in points] if error else None, marker="o",
+                       capsize=2, label=line)
 
 
 def paint_calls(panels, names: tuple[str, ...], rows: list[dict]) -> None:
-    """Numbers against model calls, a line for each line of the table. The errors are those of the
-    differences (+-), which are known better than the prices."""
+    """Numbers against model calls. The errors are those of the differences (+-), which are known
+    better than the prices."""
+    rows = [row for row in rows if row["calls"]]  # without real text
     for panel, name in zip(panels, names, strict=True):
-        for line in dict.fromkeys(map(line_of, rows)):
-            points = [(row["calls"], row[name], row["+-"] or 0) for row in rows
-                      if line_of(row) == line]
-            x, y, error = zip(*points, strict=True)
-            panel.errorbar(x, y, error if name in ("price", "right") else None, marker="o",
-                           capsize=2, label=line)
+        plot(panel, rows, "calls", name, "+-" if name in ("price", "right") else None)
         panel.set(xlabel="model calls for a text", ylabel=name,
                   xscale="log" if "price" in names else "linear")
     panels[0].legend()
 
 
 def paint_table(axes, rows: list[dict]) -> None:
-    """Likelihood against variety: the first row, real text, as a star; a line through those of each
-    line of the table."""
+    """Likelihood against variety: the first row, real text, as a star."""
     real, *others = rows
     axes.plot(real["entropy"], real["judge"], "k*", markersize=16, label="real text", zorder=3)
-    for line in dict.fromkeys(map(line_of, others)):
-        x, y, error = zip(*((row["entropy"], row["judge"], row["error"]) for row in others
-                            if line_of(row) == line), strict=True)
-        axes.errorbar(x, y, error, marker="o", label=line)
+    plot(axes, others, "entropy", "judge", "error")
     axes.set(xlabel="entropy of a sample's tokens, nats", ylabel="nats per token under the twin")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
@@ -206,20 +174,18 @@ def main(arguments: list[str]) -> None:
     parser = flags_with_judge("sampling", __doc__, num_samples=64)
     parser.set_defaults(picture=None)
     parser.add_argument("question", choices=[*QUESTIONS, "adaptive"])
-    parser.add_argument("--rows", type=several, default=64, help="texts to price (default: 64)")
     args = parser.parse_args(arguments)
     picture = args.picture or OUT / f"sampling-{args.question}.png"
     twins = load_twins(args.checkpoint, args.judge, args.data_dir)
     if args.question == "adaptive":
         x_0 = rows_of(args.data_dir, args.num_samples, twins.N)
-        m = torch.full((len(x_0),), twins.N // 4)
-        mask = draw_mask(m, twins.N, 0, keyed_generator(0, 0, "fill"))
-        rows = adaptive(twins, x_0, x_0.masked_fill(mask, twins.mask_id))
+        holes = some_positions(x_0, twins.N // 4, "fill")
+        rows = adaptive(twins, x_0, x_0.masked_fill(holes, twins.mask_id))
     else:
         rows = table(args, twins)
     columns = {"steps": ("price", "judge", "words"), "adaptive": ("right",)}
     if names := columns.get(args.question):
-        draw(picture, lambda panels: paint_calls(np.atleast_1d(panels), names, rows[1:]),
+        draw(picture, lambda panels: paint_calls(np.atleast_1d(panels), names, rows),
              columns=len(names))
     else:
         draw(picture, lambda axes: paint_table(axes, rows), width=8, height=5)

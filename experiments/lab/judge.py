@@ -12,14 +12,14 @@ A good sampler is near real text in all of them.
 
 import re
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import tiktoken
 import torch
 from torch import Generator, Tensor
 
-from diffusion import Model, evaluate
+from diffusion import Model, draw_mask, evaluate, keyed_generator
 from experiments.lab.runs import autocast
 from model import Transformer
 from plumbing.checkpoint import CheckpointError, load_checkpoint
@@ -32,39 +32,48 @@ class Twins(NamedTuple):
     """A diffusion model, which writes, its twin, which judges, and what both have read."""
 
     model: Transformer
-    info: dict  # of its checkpoint
     judge: Transformer
     N: int  # tokens of a text: the context of both
     mask_id: int
-    decode: Callable[[list[int]], str]
+    tokenizer: tiktoken.Encoding
     vocabulary: set[str]  # the words of the training text
+
+
+def load_writer(checkpoint: str | Path) -> tuple[Transformer, tiktoken.Encoding]:
+    """A model that fills what is hidden, and its tokenizer."""
+    model, info = load_checkpoint(checkpoint)
+    if model.config.causal:
+        raise ConfigError(f"{checkpoint} is autoregressive: it never sees hidden text")
+    return model, get_tokenizer(info["tokenizer"], checkpoint)
 
 
 def load_twins(checkpoint: str | Path, judge: str | Path, data_dir: str | Path) -> Twins:
     """Both models and their data. CheckpointError, ConfigError or DataError if they don't fit."""
-    model, info = load_checkpoint(checkpoint)
-    if model.config.causal:
-        raise ConfigError(f"{checkpoint} is autoregressive: it is the judge, --judge {checkpoint}")
+    model, tokenizer = load_writer(checkpoint)
+    N = model.config.context_length
     if not (Path(judge) / "model.safetensors").exists():
         raise CheckpointError(
             f"{judge}/model.safetensors does not exist; train the judge with the settings of "
             f"{checkpoint}: python train.py CONFIG --objective autoregressive --out-dir {judge}")
-    twin, twin_info = load_checkpoint(judge)
-    found = (twin.config.causal, twin.config.context_length, twin_info["tokenizer"])
-    if found != (True, model.config.context_length, info["tokenizer"]):
+    twin, info = load_checkpoint(judge)
+    found = (twin.config.causal, twin.config.context_length, info["tokenizer"])
+    if found != (True, N, tokenizer.name):
         raise ConfigError(f"--judge {judge} is no autoregressive twin of {checkpoint}")
     train = TokenFile(data_dir, "train")
-    if train.tokenizer != info["tokenizer"]:
-        raise DataError(f"{data_dir} is in tokens of {train.tokenizer}, {checkpoint} of "
-                        f"{info['tokenizer']}")
-    decode = get_tokenizer(info["tokenizer"], checkpoint).decode
-    return Twins(model, info, twin, model.config.context_length, model.config.mask_id, decode,
-                 vocabulary_of(train))
+    if train.tokenizer != tokenizer.name:
+        raise DataError(f"{data_dir} is not in the tokens of {checkpoint}")
+    return Twins(model, twin, N, model.config.mask_id, tokenizer, vocabulary_of(train))
+
+
+def some_positions(x_0: Tensor, m: int, purpose: str) -> Tensor:
+    """(B,T) bool: m random positions of each row of x_0 (B,T), for one purpose always the same."""
+    m = torch.full((len(x_0),), m)
+    return draw_mask(m, x_0.size(1), 0, keyed_generator(0, 0, purpose))
 
 
 def write(model: Model, x: Tensor, mask_id: int, **options) -> list[State]:
     """All states of `denoise`, in bfloat16 where the hardware has it, with seed 1."""
-    with autocast(x.device.type):
+    with autocast():
         return list(denoise(model, x, mask_id, Generator().manual_seed(1), **options))
 
 
@@ -90,30 +99,30 @@ def mean_entropy(rows: Tensor) -> float:
     return torch.stack(entropies).mean().item()
 
 
-def fraction_and_error(yes: Sequence[bool] | Tensor) -> tuple[float, float]:
-    """The fraction of True in n answers, and its standard error, as if one more of each had been
+def fraction_and_error(yes: Tensor) -> tuple[float, float]:
+    """The fraction of True in (n,) answers, and its standard error, as if one more of each had been
     seen: 0 of 32 does not prove that there are none."""
     n = len(yes)
-    count = int(sum(yes))
+    count = yes.sum().item()
     p = (count + 1) / (n + 2)
-    return count / max(1, n), (p * (1 - p) / max(1, n)) ** 0.5
+    return count / n, (p * (1 - p) / n) ** 0.5
 
 
 def judge(twins: Twins, tokens: Tensor) -> dict[str, float]:
     """What the table says of finished texts (n,T)."""
     bound = evaluate(twins.judge, tokens, twins.mask_id, "autoregressive")
     runs = tokens.unfold(1, 3, 1).reshape(-1, 3)
-    text = "\n".join(map(twins.decode, tokens.tolist()))
+    text = "\n".join(map(twins.tokenizer.decode, tokens.tolist()))
     return {"judge": bound.nats, "error": bound.stderr, "entropy": mean_entropy(tokens),
             "distinct": len(runs.unique(dim=0)) / len(runs),
             "words": fraction_known(text, twins.vocabulary)}
 
 
-def judged(twins: Twins, sampler: str, x: Tensor, network: Model | None = None,
+def judged(twins: Twins, sampler: str, x: Tensor, network: Model,
            **options) -> tuple[dict, list[State]]:
-    """Let the model (or `network`) fill the holes of x: (a row of the table, all states)."""
+    """Let one of the twins, as `network`, fill the holes of x: (a row of the table, all states)."""
     started = time.perf_counter()
-    states = write(network or twins.model, x, twins.mask_id, **options)
+    states = write(network, x, twins.mask_id, **options)
     seconds = time.perf_counter() - started
     speed = int((x == twins.mask_id).sum()) / seconds
     row = {"sampler": sampler, "calls": states[-1].calls, "tokens_per_second": round(speed)}
@@ -121,18 +130,19 @@ def judged(twins: Twins, sampler: str, x: Tensor, network: Model | None = None,
 
 
 def print_row(row: dict, heading: bool = False) -> None:
-    """Print the cells of a row that are text or numbers; with `heading` their names above it."""
-    names = ""
-    cells = ""
+    """Print the cells of a row, text or numbers; with `heading` their names above it."""
+    names = []
+    cells = []
     for name, cell in row.items():
         name = name.replace("tokens_per_second", "tokens/s")
-        width = max(8, len(name))
         if isinstance(cell, str):
-            gap = "  " if cells else ""
-            names += f"{gap}{name:30}"
-            cells += f"{gap}{cell:30}"
-        elif cell is None or isinstance(cell, int | float):
+            names.append(f"{name:30}")
+            cells.append(f"{cell:30}")
+        else:
             text = "-" if cell is None else f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}"
-            names += f" {name:>{width}}"
-            cells += f" {text:>{width}}"
-    print(names + "\n" + cells if heading else cells, flush=True)
+            width = max(8, len(name))
+            names.append(f"{name:>{width}}")
+            cells.append(f"{text:>{width}}")
+    if heading:
+        print(*names)
+    print(*cells, flush=True)

@@ -34,7 +34,7 @@ from experiments import (
 from experiments.lab import judge
 from experiments.lab.runs import rows_of
 from prepare_data import get_tokenizer, write_dataset
-from sample import State, exact_nll, generate
+from sample import exact_nll, generate
 
 BYTES = get_tokenizer("byte")
 MASK = 257
@@ -104,36 +104,31 @@ def twins(workplace) -> judge.Twins:
     return judge.load_twins("run", "twin", "data/sotu")
 
 
-def test_numbers_that_one_can_count():
-    rows = [[[9, 9, 9], [9, 1, 1]], [[9, 9, 1], [1, 1, 1]], [[9, 1, 1], [1, 1, 1]],
-            [[1, 1, 1], [1, 1, 1]]]  # finished after three calls and after one
-    states = [State(torch.tensor(tokens), torch.zeros(2, 3), i) for i, tokens in enumerate(rows)]
-    assert sampling.calls_of_texts(states, 9) == (3 + 1) / 2
-    x_0 = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-    x = torch.tensor([[9, 2, 9, 4], [9, 9, 7, 8]])
-    written = torch.tensor([[1, 2, 0, 4], [5, 6, 7, 8]])
-    assert sampling.restored(written, x, x_0, 9).tolist() == [0.5, 1]
-
-
-@pytest.mark.parametrize("p, calls", [(0.99, 1), (0.2, 4)])
+@pytest.mark.parametrize("p, calls", [(0.99, 1), (0.2, 3.5)])
 def test_a_confident_model_needs_one_call_and_another_as_many_as_tokens(twins, p, calls):
-    x = masked(2, 4, MASK)
+    x_0 = torch.tensor([[7, 7, 7, 7], [8, 8, 7, 7]])
+    x = torch.tensor([[MASK] * 4, [8] + [MASK] * 3])  # 4 and 3 tokens to restore
     logits = torch.full((4, MASK), math.log((1 - p) / 256))
-    logits[:, 7] = math.log(p)
-    rows = sampling.adaptive(twins._replace(model=Fixed(logits)), torch.full_like(x, 7), x)
-    numbers = [(row["calls"], row["right"], row["more"]) for row in rows[1:]]
-    assert numbers == [(calls, 1, 0)] * 2 * len(sampling.THRESHOLDS)
+    logits[:, 7] = math.log(p)  # which is wrong once
+    rows = sampling.adaptive(twins._replace(model=Fixed(logits)), x_0, x)
+    numbers = [(row["calls"], row["right"], row["more"]) for row in rows]
+    assert numbers == [(calls, (1 + 2 / 3) / 2, 0)] * 2 * len(sampling.THRESHOLDS)
 
 
-def test_the_price_of_a_text_is_exact_and_that_of_random_order_the_mean_over_orders(twins):
-    x_0 = rows_of("data/sotu", 4, twins.N)
-    options = dict(order="spread", steps=5, schedule="cosine", temperature=0.3)
-    found = sampling.price(twins, x_0, None, options)
-    exact = exact_nll(twins.model, x_0, MASK, order="spread", steps=5, schedule="cosine")
-    assert found.mean().item() == pytest.approx(exact.nats, rel=0.01)  # in bfloat16
+def test_the_price_of_a_text_is_exact_and_that_of_random_order_the_mean_over_orders(
+        twins, monkeypatch):
     curve = Curve(4, [1, 4], [1.0, 4.0], [0.0, 0.0])
-    nats = sampling.price(twins, x_0, curve, options | dict(order="random", schedule=[4, 1, 0]))
-    assert nats.item() == pytest.approx((3 * 4 + 1 * 1) / 4)
+    monkeypatch.setattr(sampling, "measure_curve", lambda *_: curve)
+    texts = rows_of("data/sotu", 8, twins.N)
+    found = sampling.price(twins, texts, {
+        "spread": dict(order="spread", steps=5, schedule="cosine", top_k=3, temperature=0.3),
+        "more": dict(order="spread", steps=1, schedule="linear"),
+        "random": dict(order="random", steps=2, schedule=[4, 1, 0])})
+    exact = [exact_nll(twins.model, texts[::2], MASK, steps=steps, schedule=schedule).nats
+             for steps, schedule in ((5, "cosine"), (1, "linear"))]
+    assert found["spread"]["price"] == pytest.approx(exact[0], rel=0.01)  # in bfloat16
+    assert found["more"]["more"] == pytest.approx(exact[1] - exact[0], rel=0.05)
+    assert found["random"] == {"price": pytest.approx((3 * 4 + 1 * 1) / 4), "more": 0, "+-": None}
 
 
 def priced(result):
@@ -159,8 +154,7 @@ def as_many_calls(result):
     ("frontier", lambda result: result["rows"][-1]["judge"] < result["rows"][1]["judge"]),
 ])
 def test_a_question_about_sampling_is_a_table(question, check, finish):
-    lines, result = finish(sampling, f"{question} --checkpoint run --judge twin --num-samples 3 "
-                                     "--rows 4")
+    lines, result = finish(sampling, f"{question} --checkpoint run --judge twin --num-samples 3")
     assert check(result)
     for row in result["rows"]:
         assert any(line.startswith(row["sampler"]) for line in lines)
@@ -244,15 +238,7 @@ def test_the_result_always_satisfies_the_template(order, steps):
                         steps=steps, order=order, remask="renoise", adjust=adjust)
         texts += [BYTES.decode_bytes(row.tolist()) for row in rows]
     assert all(re.fullmatch(PATTERN, text, re.S) for text in texts), texts
-    assert all(structured.pattern_of(TEMPLATE).fullmatch(text) for text in texts)
     assert len(set(texts)) > 5
-
-
-@pytest.mark.parametrize("text, verdict", [("a1no.", True), ("a9on.", True), ("b1no.", False),
-                                           ("axno.", False), ("a1nn.", False), ("a1noo", False)])
-def test_a_text_that_breaks_the_form_is_recognised(text, verdict):
-    pattern = structured.pattern_of("a[digits:1][word:no|on].")
-    assert (pattern.fullmatch(text.encode()) is not None) == verdict
 
 
 def test_words_are_drawn_with_the_probability_of_their_tokens():

@@ -8,6 +8,7 @@ import torch
 from oracles import EXACT, JOINT, Causal, V, seeded
 
 from experiments import prices
+from prepare_data import get_tokenizer
 
 N = 64  # tokens of a text: the context of the networks
 
@@ -33,7 +34,8 @@ def test_the_price_of_a_schedule_is_the_sum_of_the_costs_of_its_steps():
 def test_a_hole_costs_what_the_conditionals_say(monkeypatch):
     hole = torch.tensor([False, True, True, False])
     monkeypatch.setattr(prices, "dig_holes", lambda rows, *_: (rows, hole.expand(rows.shape)))
-    twins = SimpleNamespace(model=EXACT, judge=Causal(JOINT), mask_id=V, decode=None)
+    twins = SimpleNamespace(model=EXACT, judge=Causal(JOINT), mask_id=V,
+                            tokenizer=get_tokenizer("byte"))
     texts = EXACT.sample(40)
     a, b, c, d = texts.T
     both = EXACT.marginal[a, b, c, d] / EXACT.marginal[a, V, V, d]
