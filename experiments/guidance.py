@@ -113,16 +113,10 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"--prefix has {len(prefix)} tokens, as many as a text: shorten it")
     classes = [old_and_modern(TokenFile(args.data_dir, "train"), part) for part in (0, 1)]
     guide, second = (bag_of_words(*both, twins.mask_id) for both in classes)
-    rows = []
-
-    def say(name: str, tokens: Tensor) -> None:
-        modern, error = fraction_and_error(second[tokens[:, len(prefix) :]].sum(1) > 0)
-        rows.append({"guidance": name, "modern": modern, "+-": error} | judge(twins, tokens))
-        print_row(rows[-1], heading=len(rows) == 1)
-
+    texts = {}
     for name, stream in zip(("real old text", "real modern text"), classes[0], strict=True):
         windows = stream[: len(stream) // length * length].view(-1, length)
-        say(name, windows[:: max(1, len(windows) // 128)])
+        texts[name] = windows[:: max(1, len(windows) // 128)]
 
     def towards(sign: int, strength: float) -> Adjust:
         return classifier_guidance(lambda x: F.logsigmoid(sign * guide[x].sum(1)), strength)
@@ -141,7 +135,12 @@ def main(arguments: list[str]) -> None:
     ):
         states = write(twins.model, start, twins.mask_id, order="spread", steps=16, top_k=200,
                        adjust=adjust)
-        say(name, states[-1].tokens)
+        texts[name] = states[-1].tokens
+    rows = []
+    for name, tokens in texts.items():
+        modern, error = fraction_and_error(second[tokens[:, len(prefix) :]].sum(1) > 0)
+        rows.append({"guidance": name, "modern": modern, "+-": error} | judge(twins, tokens))
+        print_row(rows[-1], heading=len(rows) == 1)
     draw(args.picture, lambda axes: paint(axes, rows), width=7)
     report({"rows": rows})
 

@@ -88,8 +88,7 @@ def paint(panels, curves: dict[str, Curve], fractions: dict[str, list], weights:
     losses.set(title="Loss under the lens", xlabel="mask ratio", ylabel="nats per hidden token")
     choices.set(title="Already decided, of what is still hidden", xlabel="before call",
                 ylabel="fraction of the final tokens")
-    far = min(12, weights.size(-1) - 1)
-    reach = range(-far, far + 1)
+    reach = range(-12, 13)
     for layer, heads in enumerate(weights):
         for head, matrix in enumerate(heads):
             profile.plot(reach, [matrix.diagonal(offset).mean() for offset in reach], marker=".",

@@ -4,20 +4,17 @@ First a passage of validation text at ten levels of masking, as training shows i
 hidden token costs when m of N are hidden: the mean height of this curve is the NELBO. Then half of
 the text is hidden, by masks of different kinds, the same number of tokens by each:
 
-    at_once      nats per hidden token if all that is hidden is predicted in one call
-    in_16_calls  the price if it is written in 16, in order spread, with the standard error
-    more         what that is more than with the random mask, text by text, with its own
+    in_16_calls  nats per hidden token if they are written in 16 calls, in order spread
+    more         what that is more than with the random mask, text by text, with its own error
 
-To try a mask of your own, add a line to MASKS: a score for each token. The highest half is hidden.
+To try a mask of your own, add it to `scores`: a number for each token. The highest half is hidden.
 """
 
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from diffusion import draw_mask, keyed_generator, mean_and_error
 from experiments.lab.command import count, flags, report, several
@@ -31,40 +28,30 @@ from plumbing.terminal import HIDDEN, harmless
 from prepare_data import TokenFile
 
 
-class Text(NamedTuple):
-    """What a mask may look at."""
+def scores(x_0: Tensor, spelled: list[str], frequency: Tensor) -> dict[str, Tensor]:
+    """By the name of a mask, a score for each token of the rows x_0 (B,T).
 
-    x_0: Tensor  # (B,T) the tokens
-    position: Tensor  # (B,T) 0, 1, 2 ...
-    word: Tensor  # (B,T) the number of the word that a token is part of
-    frequency: Tensor  # (B,T) how often the training text has this token
-    generator: Generator
-
-    def random(self, units: Tensor) -> Tensor:
-        """(B,T): a random number for each unit of a row, the same at all of its tokens."""
-        return torch.rand(self.x_0.shape, generator=self.generator).gather(1, units)
-
-
-MASKS: dict[str, Callable[[Text], Tensor]] = {  # by its name, the score of each token, (B,T)
-    "random": lambda text: text.random(text.position),
-    "every second": lambda text: text.position % 2,
-    "whole words": lambda text: text.random(text.word),
-    "spans of 8": lambda text: text.random(text.position // 8),
-    "the second half": lambda text: text.position,
-    "the first half": lambda text: -text.position,
-    "common tokens": lambda text: text.frequency,
-    "rare tokens": lambda text: -text.frequency,
-}
-
-
-def look_at(x_0: Tensor, spelled: list[str], train: TokenFile) -> Text:
-    """What there is to know about the rows (B,T), for the masks. spelled: each token as text."""
+    spelled: every token of the vocabulary as text; frequency: how often the training text has it.
+    """
+    position = torch.arange(x_0.size(1)).expand(x_0.shape)
     # A token continues a word if it begins with a letter: those that begin one have a space before.
     begins = torch.tensor([not text[:1].isalpha() for text in spelled])
     word = begins[x_0].long().cumsum(1)
-    frequency = torch.from_numpy(np.bincount(train.tokens, minlength=len(spelled)))
-    return Text(x_0, torch.arange(x_0.size(1)).expand(x_0.shape), word - word[:, :1],
-                frequency[x_0], keyed_generator(0, 0, "masks"))
+    generator = keyed_generator(0, 0, "masks")
+
+    def random(units: Tensor) -> Tensor:  # a number for each unit, the same at all of its tokens
+        return torch.rand(x_0.shape, generator=generator).gather(1, units)
+
+    return {
+        "random": random(position),
+        "every second": position % 2,
+        "whole words": random(word - word[:, :1]),
+        "spans of 8": random(position // 8),
+        "the second half": position,
+        "the first half": -position,
+        "common tokens": frequency[x_0],
+        "rare tokens": -frequency[x_0],
+    }
 
 
 def hide_half(score: Tensor) -> Tensor:
@@ -88,8 +75,8 @@ def compare(model: Transformer, x_0: Tensor, masks: dict[str, Tensor]) -> list[d
         prices[name] = price(model, x_0, mask, 16)
         nats, error = mean_and_error(prices[name])
         more, more_error = mean_and_error(prices[name] - prices["random"])
-        rows.append({"hidden half": name, "at_once": price(model, x_0, mask, 1).mean().item(),
-                     "in_16_calls": nats, "error": error, "more": more, "more_error": more_error})
+        rows.append({"hidden half": name, "in_16_calls": nats, "error": error, "more": more,
+                     "more_error": more_error})
         print_row(rows[-1], heading=len(rows) == 1)
     return rows
 
@@ -127,15 +114,17 @@ def main(arguments: list[str]) -> None:
     shown = {}  # masks (T,) of the first text, to be drawn
     print(f"{'m of ' + str(T):>8}{'CE(m)':>17}   what the network sees")
     for level in range(1, 11):
-        m = max(1, T * level // 10)
+        m = T * level // 10
         mask = draw_mask(torch.full((len(x_0),), m), T, 0, keyed_generator(0, m, "levels"))  # (B,T)
         levels[m], error = mean_and_error(price(model, x_0, mask, 1))
         shown[f"{level}0% hidden"] = mask[0]
         seen = (f" {HIDDEN}" if mask[0, t] else text for t, text in enumerate(texts))
         print(f"{m:8}{levels[m]:8.3f} +- {error:.3f}   {harmless(''.join(seen).strip())}")
     print()
-    text = look_at(x_0, spelled, TokenFile(args.data_dir, "train"))
-    masks = {name: hide_half(score(text)) for name, score in MASKS.items()}
+    train = TokenFile(args.data_dir, "train")
+    frequency = torch.from_numpy(np.bincount(train.tokens, minlength=len(spelled)))
+    masks = {name: hide_half(score)
+             for name, score in scores(x_0, spelled, frequency).items()}
     rows = compare(model, x_0, masks)
     shown |= {name: mask[0] for name, mask in masks.items()}
     draw(args.picture, lambda axes: paint(axes, model, x_0[0], shown, texts), width=13, height=6)

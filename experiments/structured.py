@@ -10,7 +10,6 @@ must be, the `adjust` hook of sample.denoise leaves no other token possible.
 """
 
 import re
-import string
 import sys
 
 import tiktoken
@@ -102,7 +101,7 @@ def main(arguments: list[str]) -> None:
     parts = parse(args.template, tokenizer, mask_id)
     if not HOLE.search(args.template):
         raise ValueError("the template has no holes, such as [digits:3] or [MASK:40]")
-    digits = torch.tensor([tokenizer.encode_ordinary(digit)[0] for digit in string.digits])
+    digits = torch.tensor([tokenizer.encode_ordinary(digit)[0] for digit in "0123456789"])
     satisfied = 0
     for _ in range(args.num_samples):  # one by one: their words may differ in length
         x = choose_words(model, parts, mask_id, generator)

@@ -24,7 +24,7 @@ from experiments.lab.runs import autocast
 from model import Transformer
 from plumbing.checkpoint import CheckpointError, load_checkpoint
 from plumbing.config import ConfigError
-from prepare_data import DataError, TokenFile, get_tokenizer
+from prepare_data import TokenFile, get_tokenizer
 from sample import State, denoise
 
 
@@ -56,12 +56,11 @@ def load_twins(checkpoint: str | Path, judge: str | Path, data_dir: str | Path) 
             f"{judge}/model.safetensors does not exist; train the judge with the settings of "
             f"{checkpoint}: python train.py CONFIG --objective autoregressive --out-dir {judge}")
     twin, info = load_checkpoint(judge)
-    found = (twin.config.causal, twin.config.context_length, info["tokenizer"])
-    if found != (True, N, tokenizer.name):
-        raise ConfigError(f"--judge {judge} is no autoregressive twin of {checkpoint}")
     train = TokenFile(data_dir, "train")
-    if train.tokenizer != tokenizer.name:
-        raise DataError(f"{data_dir} is not in the tokens of {checkpoint}")
+    if (twin.config.causal, twin.config.context_length) != (True, N) or (
+            not tokenizer.name == info["tokenizer"] == train.tokenizer):
+        raise ConfigError(f"--judge {judge} is no autoregressive twin of {checkpoint}, or "
+                          f"{data_dir} is in other tokens")
     return Twins(model, twin, N, model.config.mask_id, tokenizer, vocabulary_of(train))
 
 
@@ -135,14 +134,12 @@ def print_row(row: dict, heading: bool = False) -> None:
     cells = []
     for name, cell in row.items():
         name = name.replace("tokens_per_second", "tokens/s")
-        if isinstance(cell, str):
-            names.append(f"{name:30}")
-            cells.append(f"{cell:30}")
-        else:
-            text = "-" if cell is None else f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}"
-            width = max(8, len(name))
-            names.append(f"{name:>{width}}")
-            cells.append(f"{text:>{width}}")
+        text = cell or "-"
+        if isinstance(cell, int | float):
+            text = f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}"
+        column = "<30" if isinstance(cell, str) else f">{max(8, len(name))}"
+        names.append(f"{name:{column}}")
+        cells.append(f"{text:{column}}")
     if heading:
         print(*names)
     print(*cells, flush=True)
