@@ -83,8 +83,7 @@ def paint(panels, curves: dict[str, Curve], fractions: dict[str, list], weights:
     losses, choices, profile = panels
     for name, curve in curves.items():
         losses.plot([m / curve.N for m in curve.counts], curve.nats, marker=".", label=name)
-        calls = range(1, len(fractions[name]) + 1)
-        choices.plot(calls, fractions[name], marker=".", label=name)
+        choices.plot(range(1, 17), fractions[name], marker=".", label=name)
     losses.set(title="Loss under the lens", xlabel="mask ratio", ylabel="nats per hidden token")
     choices.set(title="Already decided, of what is still hidden", xlabel="before call",
                 ylabel="fraction of the final tokens")

@@ -70,6 +70,17 @@ QUESTIONS: dict[str, dict[str, dict]] = {
 }
 THRESHOLDS = (0.5, 0.7, 0.9)  # of adaptive
 
+# The columns (x, y, error) of each panel of a picture. +- is the error of a difference, which is
+# known better than a price.
+PANELS = {
+    "steps": [("calls", "price", "+-"), ("calls", "judge", None), ("calls", "words", None)],
+    "adaptive": [("calls", "right", "+-")],
+}
+LIKELIHOOD_AGAINST_VARIETY = [("entropy", "judge", "error")]  # of all other questions
+AXES = {"calls": "model calls for a text", "entropy": "entropy of a sample's tokens, nats",
+        "judge": "nats per token under the twin", "right": "fraction of tokens restored"}
+STAR = {"marker": "*", "markersize": 16, "color": "black", "zorder": 3}
+
 
 def price(twins: Twins, texts: Tensor, samplers: dict[str, dict]) -> dict[str, dict]:
     """Columns for each sampler. An optimal schedule becomes a list of counts in its options."""
@@ -99,8 +110,8 @@ def table(args: argparse.Namespace, twins: Twins) -> list[dict]:
     if args.question in ("steps", "schedules"):
         columns = price(twins, rows_of(args.data_dir, 2 * args.num_samples, twins.N), samplers)
     real = judge(twins, rows_of(args.data_dir, args.num_samples, twins.N))
-    rows = [{"sampler": "real text", "calls": None, "tokens_per_second": None, **real,
-             **dict.fromkeys(columns[next(iter(columns))])}]
+    empty = dict.fromkeys(next(iter(columns.values())))  # what real text has not: a price
+    rows = [{"sampler": "real text", "calls": None, "tokens_per_second": None} | real | empty]
     print_row(rows[0], heading=True)
     causal = left_to_right_model(twins.judge, twins.mask_id)
     x = torch.full((args.num_samples, twins.N), twins.mask_id)
@@ -138,35 +149,21 @@ def adaptive(twins: Twins, x_0: Tensor, x: Tensor) -> list[dict]:
     return rows
 
 
-def plot(panel, rows: list[dict], x: str, y: str, error: str | None) -> None:
-    """Column y against x, a line for each line of the table."""
-    lines: dict[str, list[dict]] = {}
-    for row in rows:
-        lines.setdefault(row["sampler"].split(",")[0], []).append(row)
-    for line, points in lines.items():
-        panel.errorbar([row[x] for row in points], [row[y] for row in points],
-                       [row[error] or 0 for row in points] if error else None, marker="o",
-                       capsize=2, label=line)
-
-
-def paint_calls(panels, names: tuple[str, ...], rows: list[dict]) -> None:
-    """Numbers against model calls. The errors are those of the differences (+-), which are known
-    better than the prices."""
-    rows = [row for row in rows if row["calls"]]  # without real text
-    for panel, name in zip(panels, names, strict=True):
-        plot(panel, rows, "calls", name, "+-" if name in ("price", "right") else None)
-        panel.set(xlabel="model calls for a text", ylabel=name,
-                  xscale="log" if "price" in names else "linear")
-    panels[0].legend()
-
-
-def paint_table(axes, rows: list[dict]) -> None:
-    """Likelihood against variety: the first row, real text, as a star."""
-    real, *others = rows
-    axes.plot(real["entropy"], real["judge"], "k*", markersize=16, label="real text", zorder=3)
-    plot(axes, others, "entropy", "judge", "error")
-    axes.set(xlabel="entropy of a sample's tokens, nats", ylabel="nats per token under the twin")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+def paint(panels, shown: list[tuple], rows: list[dict]) -> None:
+    """A line for each line of the table; real text, if it can be shown, is a star."""
+    for panel, (x, y, error) in zip(panels, shown, strict=True):
+        lines: dict[str, list[dict]] = {}
+        for row in rows:
+            if row[x] is not None:
+                lines.setdefault(row["sampler"].split(",")[0], []).append(row)
+        for line, points in lines.items():
+            style = STAR if line == "real text" else {"marker": "o"}
+            panel.errorbar([row[x] for row in points], [row[y] for row in points],
+                           [row[error] or 0 for row in points] if error else None, capsize=2,
+                           label=line, **style)
+        panel.set(xlabel=AXES[x], ylabel=AXES.get(y, y),
+                  xscale="log" if len(shown) > 1 else "linear")
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 @command("experiments.sampling")
@@ -183,12 +180,9 @@ def main(arguments: list[str]) -> None:
         rows = adaptive(twins, x_0, x_0.masked_fill(holes, twins.mask_id))
     else:
         rows = table(args, twins)
-    columns = {"steps": ("price", "judge", "words"), "adaptive": ("right",)}
-    if names := columns.get(args.question):
-        draw(picture, lambda panels: paint_calls(np.atleast_1d(panels), names, rows),
-             columns=len(names))
-    else:
-        draw(picture, lambda axes: paint_table(axes, rows), width=8, height=5)
+    shown = PANELS.get(args.question, LIKELIHOOD_AGAINST_VARIETY)
+    draw(picture, lambda panels: paint(np.atleast_1d(panels), shown, rows), columns=len(shown),
+         width=6)
     report({"rows": rows})
 
 

@@ -57,8 +57,8 @@ def load_twins(checkpoint: str | Path, judge: str | Path, data_dir: str | Path) 
             f"{checkpoint}: python train.py CONFIG --objective autoregressive --out-dir {judge}")
     twin, info = load_checkpoint(judge)
     train = TokenFile(data_dir, "train")
-    if (twin.config.causal, twin.config.context_length) != (True, N) or (
-            not tokenizer.name == info["tokenizer"] == train.tokenizer):
+    same_text = tokenizer.name == info["tokenizer"] == train.tokenizer
+    if not (twin.config.causal and twin.config.context_length == N and same_text):
         raise ConfigError(f"--judge {judge} is no autoregressive twin of {checkpoint}, or "
                           f"{data_dir} is in other tokens")
     return Twins(model, twin, N, model.config.mask_id, tokenizer, vocabulary_of(train))
@@ -102,9 +102,8 @@ def fraction_and_error(yes: Tensor) -> tuple[float, float]:
     """The fraction of True in (n,) answers, and its standard error, as if one more of each had been
     seen: 0 of 32 does not prove that there are none."""
     n = len(yes)
-    count = yes.sum().item()
-    p = (count + 1) / (n + 2)
-    return count / n, (p * (1 - p) / n) ** 0.5
+    p = (yes.sum().item() + 1) / (n + 2)
+    return yes.double().mean().item(), (p * (1 - p) / n) ** 0.5
 
 
 def judge(twins: Twins, tokens: Tensor) -> dict[str, float]:
