@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion import Curve, Model, draw_mask, keyed_generator, mean_and_error, row_losses
 from plumbing import machine
 from plumbing.vocabulary import copy_file
-from prepare_data import TokenFile, get_tokenizer, write_dataset
+from prepare_data import DataError, TokenFile, get_tokenizer, write_dataset
 
 ROOT = Path(__file__).parent.parent.parent
 TRAIN = ROOT / "train.py"
@@ -84,6 +84,8 @@ def autocast(device: str = "cpu") -> torch.autocast:
 def rows_of(data_dir: str, rows: int, length: int) -> Tensor:
     """(rows or fewer, length) int64: always the same windows of validation text, an even number."""
     x_0 = torch.from_numpy(TokenFile(data_dir, "val").spread(rows, length))
+    if len(x_0) < 2:
+        raise DataError(f"{data_dir} has too little validation text to measure on: prepare more")
     return x_0[: len(x_0) // 2 * 2]
 
 
