@@ -1,8 +1,8 @@
 # make sample       install, and write four texts with the model in pretrained/, in under a minute
 # make quickstart   install, fetch a corpus, train, write: 2 minutes on 2 CPU cores with bfloat16
 # make experiments  the learning guide's experiments: docs/guide.md; 42 minutes on those 2 cores
-# make notebook     docs/nano.ipynb again, after a change of nano.py or of nano_story.md
 # make twin         what they begin with: their packages, the quickstart's model, and its twin GPT
+# make notebook     docs/nano.ipynb again, after a change of nano.py or of nano_story.md
 # make test         prove everything that is quick to prove
 # make test-slow    prove the rest
 # make test-reliability   kill, starve and deceive it for long: docs/reliability.md

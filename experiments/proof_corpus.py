@@ -127,6 +127,7 @@ def paint(panels, gaps: dict[str, dict[int, Tensor]], exact: Curve, curves: list
     left.axhline(1, color="black", linestyle="--", label="1%")
     left.set(title="The gap is the network's error", ylabel="gap, % of the entropy", yscale="log",
              xlabel="steps of training")
+    left.yaxis.set_major_formatter("{x:g}")
     right.plot(exact.counts, exact.nats, color="black", label="the exact denoiser")
     right.plot(exact.counts, np.mean([curve.nats for curve in curves], 0), ".", markersize=9,
                label="the networks, mean")

@@ -134,7 +134,7 @@ QUESTIONS = {
         "diffusion": Row(),
     }),
     "recipe": Question(bits_and_seconds, steps=800, rows={
-        flags or "quickstart": Row(flags) for flags in (
+        setting or "quickstart": Row(setting) for setting in (
             "", "--mask-positions random", "--mask-ratio bell", "--mask-ratio uniform",
             "--weighting nelbo", "--muon-learning-rate 0.005", "--muon-learning-rate 0.02",
             "--learning-rate 0.01", "--learning-rate 0.03", "--warmup-steps 10",
@@ -226,8 +226,9 @@ def paint_dynamics(panels, runs: dict[str, list[Run]]) -> None:
     """The good run by mask ratio; training (dashed) and validation of all; of the first seed."""
     left, right = panels
     good = runs["good"][0].evaluations[:-1]
-    for i, m in enumerate(good[0]["curve"]["counts"]):
-        ratio = m / good[0]["curve"]["N"]
+    counts = good[0]["curve"]["counts"]
+    for i, m in list(enumerate(counts))[1:]:  # of m = 1 there are too few tokens
+        ratio = m / counts[-1]
         left.plot([line["step"] for line in good], [line["curve"]["nats"][i] for line in good],
                   color=(ratio, 0.3, 1 - ratio), label=f"{ratio:.0%}")
     left.set(title="good: CE by mask ratio", xlabel="steps", ylabel="nats per hidden token")
