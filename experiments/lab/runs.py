@@ -44,7 +44,8 @@ def small_corpus(data_dir: str, tokens: int, out_dir: Path) -> Path:
     train = TokenFile(data_dir, "train")
     val = TokenFile(data_dir, "val")
     tokenizer = get_tokenizer(train.tokenizer, data_dir)
-    windows = train.spread(tokens // 1024, 1024)  # the beginning alone would be the oldest text
+    # Evenly spread windows: the beginning alone would be the oldest text.
+    windows = train.spread(max(1, tokens // 1024), min(1024, tokens))
     pieces = [*(("train", window) for window in windows), ("val", val.tokens)]
     documents = ((split, [text]) for split, ids in pieces
                  for text in tokenizer.decode(ids.tolist()).split("<|endoftext|>") if text)
