@@ -191,6 +191,7 @@ class Machine:
         self.master = self.rank == 0
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # what stays in float32 may use TF32
+        torch.use_deterministic_algorithms(self.device.type == "cpu")  # or threads race to add
         # The rows of one forward pass, and this process's slices of the global batch.
         self.rows = cfg.micro_batch_size or max(1, cfg.batch_size // self.world)
         parts = cfg.batch_size // self.rows  # micro-batches over all processes

@@ -97,6 +97,16 @@ def test_the_step_is_compiled_once_whatever_happens_between_steps(data, tmp_path
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_a_run_repeats_itself_bit_for_bit_compiled_and_on_two_threads(data, tmp_path):
+    torch.set_num_threads(2)  # which would race to add the gradients of a token that occurs twice
+    try:
+        once, again = (everything(run(data, tmp_path / name, compile=True, batch_size=64, steps=8))
+                       for name in ("once", "again"))
+    finally:
+        torch.set_num_threads(1)
+    assert once == again
+
+
 # ---- how it begins and ends ----------------------------------------------------------------------
 
 
